@@ -1,0 +1,66 @@
+"""The `hyperfast::` operator library and what every operation does the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("hyperfast", "DEF")
+
+
+def register(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> Any:
+    """Define the opaque operation `schema` for all devices and return its overload.
+
+    Opaque rather than a Triton operator: it passes opcheck, `torch.compile`, meta and the Triton interpreter alike,
+    and the choice of a kernel at run time makes no guards.
+    """
+    name = schema.split("(", 1)[0]
+    library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hyperfast::{name}", fake, lib=library)
+    torch.library.register_autograd(f"hyperfast::{name}", backward, setup_context=setup_context, lib=library)
+    return getattr(torch.ops.hyperfast, name).default
+
+
+def differentiate(
+    function: Callable[..., Any], inputs: Sequence[Any], gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `function(*inputs)` with respect to each tensor among `inputs`, by autograd through `function`.
+
+    Second derivatives are rare enough that they run on the reference: a backward operation names its own reference
+    here and is differentiable once more.
+    """
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if _differentiable(x) else x for x in inputs]
+        outputs = function(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        used = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        wanted = [x for x in leaves if _differentiable(x)]
+        found = iter(
+            torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], allow_unused=True)
+            if used
+            else [None] * len(wanted)
+        )
+    return tuple(next(found) if _differentiable(x) else None for x in inputs)
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are taken in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

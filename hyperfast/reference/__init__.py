@@ -1,0 +1,16 @@
+"""Every operation in plain PyTorch: the specification in code, and the yardstick of the tests and benchmarks."""
+
+from hyperfast.reference.attention_transfer import (
+    attention_transfer,
+    attention_transfer_backward,
+    attention_transfer_with_coefficients,
+)
+from hyperfast.reference.generate import generate, generate_backward
+
+__all__ = [
+    "attention_transfer",
+    "attention_transfer_backward",
+    "attention_transfer_with_coefficients",
+    "generate",
+    "generate_backward",
+]

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation; each is imported by the operation that launches it."""

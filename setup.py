@@ -1,0 +1,167 @@
+"""What pyproject.toml cannot say: the native module `hyperfast._C` and the mapping of kernels/ to hyperfast.kernels.
+
+Build configuration, all by environment variables:
+
+    HYPERFAST_CUDA             auto (default: when nvcc is found), 0 or 1 (an error when it is not)
+    HYPERFAST_CUDA_ARCHS       "80;90;100"; PTX of the last one is added for newer GPUs
+    HYPERFAST_REQUIRE_NATIVE   1: a failed native build is an error, not a pure Python install
+    HYPERFAST_DEBUG            1: -O0 -g, symbols kept
+    MAX_JOBS                   parallel compilations
+
+No GPU is looked for and torch is not needed: the module takes pointers as integers, so that one build serves every
+version of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+DEBUG = os.environ.get("HYPERFAST_DEBUG") == "1"
+REQUIRE_NATIVE = os.environ.get("HYPERFAST_REQUIRE_NATIVE") == "1"
+CUDA = os.environ.get("HYPERFAST_CUDA", "auto")
+CUDA_ARCHS = os.environ.get("HYPERFAST_CUDA_ARCHS", "80;90;100").split(";")
+PACKAGES = [
+    "hyperfast",
+    "hyperfast.analysis",
+    "hyperfast.cli",
+    "hyperfast.data",
+    "hyperfast.kernels",
+    "hyperfast.kernels.triton",
+    "hyperfast.losses",
+    "hyperfast.models",
+    "hyperfast.nn",
+    "hyperfast.ops",
+    "hyperfast.recipes",
+    "hyperfast.reference",
+    "hyperfast.surgery",
+]
+
+# The processor's kernels are compiled once per instruction set; the module picks one when it is loaded.
+INSTRUCTION_SETS = (
+    {
+        "baseline": ["-msse2"],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    }
+    if platform.machine() in ("x86_64", "AMD64")
+    else {"baseline": []}
+)
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, or None where there is none or it is not wanted."""
+    if CUDA not in ("auto", "0", "1"):
+        raise SystemExit(f"HYPERFAST_CUDA={CUDA!r}; use auto, 0 or 1")
+    if CUDA == "0":
+        return None
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and Path(home, "bin", "nvcc").exists():
+            return Path(home, "bin", "nvcc")
+    if found := shutil.which("nvcc"):
+        return Path(found)
+    if CUDA == "1":
+        raise SystemExit("HYPERFAST_CUDA=1 but nvcc was not found; set CUDA_HOME or put nvcc on the PATH")
+    return None
+
+
+def cuda_libraries(nvcc: Path) -> list[str]:
+    """Folders with cudart_static. nvcc is asked for its home: what is on the PATH may be a wrapper script."""
+    dry_run = subprocess.run([nvcc, "-v", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [line.split("TOP=", 1)[1].strip() for line in dry_run.splitlines() if "TOP=" in line]
+    home = Path(tops[0]).resolve() if tops else nvcc.resolve().parents[1]
+    return [str(home / folder) for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
+
+
+def optimisation() -> list[str]:
+    # -fno-math-errno and -fno-trapping-math let loops vectorise; they change no result.
+    return ["-O0", "-g"] if DEBUG else ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def cxx_flags() -> list[str]:
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    return ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", *optimisation(), *includes]
+
+
+def nvcc_flags() -> list[str]:
+    flags = ["-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags += ["-O0", "-g"] if DEBUG else ["-O3"]
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+    return [*flags, f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
+
+
+NVCC = find_nvcc()
+CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")) if NVCC else []
+HEADERS = sorted(str(path.relative_to(ROOT)) for suffix in ("h", "cuh") for path in ROOT.glob(f"csrc/**/*.{suffix}"))
+
+
+class BuildNative(build_ext):
+    """Compiles what setuptools cannot (one source per instruction set, CUDA) with ninja, then lets it link."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # setuptools reuses objects whatever the switches were; a folder per configuration keeps them apart.
+        key = "|".join([sys.version, str(NVCC), *CPU_SOURCES, *cxx_flags(), *(nvcc_flags() if NVCC else [])])
+        self.build_temp = str(Path(self.build_temp) / hashlib.sha256(key.encode()).hexdigest()[:12])
+        self.force = True
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        rules = ["cxx", "nvcc"]
+        lines = [
+            f"rule {rule}\n  command = ${rule} $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+            for rule in rules
+        ]
+        lines += [f"cxx = {os.environ.get('CXX', 'c++')}", f"nvcc = {NVCC}"]
+        for source in CPU_SOURCES:
+            for isa, machine in INSTRUCTION_SETS.items():
+                flags = " ".join([*cxx_flags(), *machine, f"-DHYPERFAST_ISA={isa}"])
+                lines.append(self._object(ext, folder, "cxx", source, f"{Path(source).stem}.{isa}.o", flags))
+        for source in CUDA_SOURCES:
+            lines.append(self._object(ext, folder, "nvcc", source, f"{Path(source).stem}.cu.o", " ".join(nvcc_flags())))
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(folder), *jobs])
+        super().build_extension(ext)
+        print(f"hyperfast._C: {', '.join(INSTRUCTION_SETS)}; CUDA {CUDA_ARCHS if NVCC else 'off'}")
+
+    @staticmethod
+    def _object(ext: Extension, folder: Path, rule: str, source: str, name: str, flags: str) -> str:
+        ext.extra_objects.append(str(folder / name))
+        return f"build {name}: {rule} {ROOT / source}\n  flags = {flags}\n"
+
+
+setup(
+    packages=PACKAGES,
+    package_dir={"hyperfast": "hyperfast", "hyperfast.kernels": "kernels"},
+    package_data={"hyperfast": ["py.typed", "_C.pyi"]},
+    ext_modules=[
+        Extension(
+            "hyperfast._C",
+            ["csrc/bindings.cpp"],
+            include_dirs=[pybind11.get_include()],
+            language="c++",
+            depends=[*HEADERS, *CPU_SOURCES, *CUDA_SOURCES],
+            extra_compile_args=cxx_flags(),
+            extra_link_args=["-fopenmp", *([] if DEBUG else ["-s"])],
+            library_dirs=cuda_libraries(NVCC) if NVCC else [],
+            libraries=["cudart_static", "dl", "rt", "pthread"] if NVCC else [],
+            define_macros=[("HYPERFAST_WITH_CUDA", "1" if NVCC else "0"), ("HYPERFAST_CUDA_ARCHS", f'"{";".join(CUDA_ARCHS)}"')],
+            optional=not REQUIRE_NATIVE,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
