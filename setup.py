@@ -90,7 +90,7 @@ def optimisation() -> list[str]:
 
 def cxx_flags() -> list[str]:
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
-    return ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", *optimisation(), *includes]
+    return ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wno-psabi", *optimisation(), *includes]
 
 
 def nvcc_flags() -> list[str]:
@@ -151,7 +151,7 @@ setup(
     ext_modules=[
         Extension(
             "hyperfast._C",
-            ["csrc/bindings.cpp"],
+            ["csrc/bindings.cpp", "csrc/host_memory.cpp"],
             include_dirs=[pybind11.get_include()],
             language="c++",
             depends=[*HEADERS, *CPU_SOURCES, *CUDA_SOURCES],

@@ -1,9 +1,195 @@
+// hyperfast._C: addresses as integers, launches without the GIL. Checks are Python's (hyperfast/ops/_native.py).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/generate.h"
+#include "host_memory.h"
+#include "instruction_set.h"
 
 namespace py = pybind11;
+using namespace hyperfast;
+
+namespace {
+
+using Address = uintptr_t;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+[[maybe_unused]] void check(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+// Memory that a tensor holds on to; it goes back to the pool when the tensor's storage is freed.
+class HostBuffer {
+ public:
+  explicit HostBuffer(size_t bytes) : block_(take_host_block(bytes)), bytes_(bytes) {}
+  ~HostBuffer() { return_host_block(block_); }
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+
+  py::buffer_info info() {
+    return {block_.data, 1, py::format_descriptor<uint8_t>::format(), 1, {py::ssize_t(bytes_)}, {py::ssize_t(1)}};
+  }
+
+ private:
+  HostBlock block_;
+  size_t bytes_;
+};
+
+GenerateParams generate_params(int dtype, int encoding, int activation, double negative_slope, int64_t batch,
+                               int64_t segments, int64_t condition_size, int64_t rows, int64_t hidden,
+                               const std::vector<int64_t>& widths, const std::vector<Address>& weights,
+                               const std::vector<Address>& biases, Address condition, Address head, Address offsets,
+                               int64_t chunk) {
+  if (widths.size() > size_t(kMaxLayers)) throw std::invalid_argument("too many trunk layers");
+  GenerateParams p;
+  p.dtype = DType(dtype);
+  p.encoding = Encoding(encoding);
+  p.activation = Activation(activation);
+  p.negative_slope = negative_slope;
+  p.batch = batch;
+  p.segments = segments;
+  p.condition_size = condition_size;
+  p.rows = rows;
+  p.hidden = hidden;
+  p.layers = int(widths.size());
+  for (int layer = 0; layer < p.layers; ++layer) {
+    p.widths[layer] = widths[layer];
+    p.weight[layer] = pointer(weights[layer]);
+    p.bias[layer] = pointer(biases[layer]);
+  }
+  p.condition = pointer(condition);
+  p.head = pointer(head);
+  p.offsets = static_cast<const int64_t*>(pointer(offsets));
+  p.chunk = chunk;
+  return p;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of hyperfast. Tensors come as addresses, streams as handles.";
   m.attr("with_cuda") = bool(HYPERFAST_WITH_CUDA);
   m.attr("cuda_archs") = HYPERFAST_WITH_CUDA ? HYPERFAST_CUDA_ARCHS : "";
+  m.attr("max_layers") = kMaxLayers;
+  m.attr("max_taps") = kMaxTaps;
+  m.def("instruction_set", [] { return cpu_kernels().instruction_set; });
+
+  py::class_<HostBuffer>(m, "HostBuffer", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer(&HostBuffer::info);
+  m.def("idle_host_bytes", &idle_host_bytes);
+  m.def("release_idle_host_blocks", &release_idle_host_blocks);
+
+  py::class_<GenerateParams>(m, "GenerateParams")
+      .def(py::init(&generate_params), py::kw_only(), py::arg("dtype"), py::arg("encoding"), py::arg("activation"),
+           py::arg("negative_slope"), py::arg("batch"), py::arg("segments"), py::arg("condition_size"),
+           py::arg("rows"), py::arg("hidden"), py::arg("widths"), py::arg("weights"), py::arg("biases"),
+           py::arg("condition"), py::arg("head"), py::arg("offsets"), py::arg("chunk"))
+      .def("set_forward",
+           [](GenerateParams& p, Address theta0, Address theta) {
+             p.theta0 = pointer(theta0);
+             p.theta = pointer(theta);
+           },
+           py::arg("theta0"), py::arg("theta"))
+      .def("set_backward",
+           [](GenerateParams& p, Address grad, Address d_condition, Address d_trunk, Address d_head,
+              Address workspace) {
+             p.grad = pointer(grad);
+             p.d_condition = pointer(d_condition);
+             p.d_trunk = pointer(d_trunk);
+             p.d_head = pointer(d_head);
+             p.workspace = pointer(workspace);
+           },
+           py::arg("grad"), py::arg("d_condition"), py::arg("d_trunk"), py::arg("d_head"), py::arg("workspace"))
+      .def_property_readonly("workspace_size", &generate_workspace_size);
+
+  py::class_<AttentionParams>(m, "AttentionParams")
+      .def(py::init([](int dtype, int mode, int power, double eps) {
+             AttentionParams p;
+             p.dtype = DType(dtype);
+             p.mode = AttentionMode(mode);
+             p.power = power;
+             p.eps = eps;
+             return p;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("mode"), py::arg("power"), py::arg("eps"))
+      .def("add_tap",
+           [](AttentionParams& p, int64_t batch, int64_t positions, Address student, int64_t student_channels,
+              bool student_last, Address teacher, int64_t teacher_channels, bool teacher_last, Address d_student) {
+             if (p.taps == kMaxTaps) throw std::invalid_argument("too many taps");
+             AttentionTap& tap = p.tap[p.taps];
+             tap.student = {pointer(student), student_channels, student_last};
+             tap.teacher = {pointer(teacher), teacher_channels, teacher_last};
+             tap.d_student = pointer(d_student);
+             tap.batch = batch;
+             tap.positions = positions;
+             if (p.taps > 0) {
+               const AttentionTap& last = p.tap[p.taps - 1];
+               tap.first_item = last.first_item + last.batch;
+               tap.first_coefficient = last.first_coefficient + last.batch * last.positions;
+             }
+             p.items += batch;
+             p.max_positions = std::max(p.max_positions, positions);
+             ++p.taps;
+           },
+           py::kw_only(), py::arg("batch"), py::arg("positions"), py::arg("student"), py::arg("student_channels"),
+           py::arg("student_last"), py::arg("teacher") = 0, py::arg("teacher_channels") = 0,
+           py::arg("teacher_last") = false, py::arg("d_student") = 0)
+      .def("set_forward",
+           [](AttentionParams& p, Address losses, Address sample_losses, Address coefficients) {
+             p.losses = pointer(losses);
+             p.sample_losses = pointer(sample_losses);
+             p.coefficients = pointer(coefficients);
+           },
+           py::arg("losses"), py::arg("sample_losses"), py::arg("coefficients"))
+      .def("set_backward",
+           [](AttentionParams& p, Address grad, Address coefficients, bool stream) {
+             p.grad = pointer(grad);
+             p.coefficients = pointer(coefficients);
+             p.stream = stream;
+           },
+           py::arg("grad"), py::arg("coefficients"), py::arg("stream"));
+
+  const auto release_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("generate_forward_cpu", [](const GenerateParams& p, int threads) { cpu_kernels().generate_forward(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
+  m.def("generate_backward_cpu",
+        [](const GenerateParams& p, int threads) { cpu_kernels().generate_backward(p, threads); }, py::arg("params"),
+        py::arg("threads"), release_gil);
+  m.def("attention_transfer_forward_cpu",
+        [](const AttentionParams& p, int threads) { cpu_kernels().attention_transfer_forward(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
+  m.def("attention_transfer_backward_cpu",
+        [](const AttentionParams& p, int threads) { cpu_kernels().attention_transfer_backward(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
+
+#if HYPERFAST_WITH_CUDA
+  m.def("generate_forward_cuda",
+        [](const GenerateParams& p, Address stream, int device) {
+          check(generate_forward_cuda(p, pointer(stream), device));
+        },
+        py::arg("params"), py::arg("stream"), py::arg("device"));
+  m.def("generate_backward_cuda",
+        [](const GenerateParams& p, Address ticket, Address stream, int device) {
+          check(generate_backward_cuda(p, pointer(ticket), pointer(stream), device));
+        },
+        py::arg("params"), py::arg("ticket"), py::arg("stream"), py::arg("device"));
+  m.def("attention_transfer_forward_cuda",
+        [](const AttentionParams& p, Address ticket, Address stream, int device) {
+          check(attention_transfer_forward_cuda(p, pointer(ticket), pointer(stream), device));
+        },
+        py::arg("params"), py::arg("ticket"), py::arg("stream"), py::arg("device"));
+  m.def("attention_transfer_backward_cuda",
+        [](const AttentionParams& p, Address stream, int device) {
+          check(attention_transfer_backward_cuda(p, pointer(stream), device));
+        },
+        py::arg("params"), py::arg("stream"), py::arg("device"));
+#endif
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
+from hyperfast.ops import _native
 from hyperfast.ops._library import accumulator_dtype, register
 
 
@@ -17,12 +18,114 @@ def _always(*_: Any) -> None:
     return None
 
 
+_MODES = {name: code for code, name in enumerate(reference.MODES)}
+_CACHE_BYTES = 1 << 24  # larger gradients are written past the caches
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    """Whether a dense map has its channels innermost; a map that is also contiguous counts as contiguous."""
+    return not features.is_contiguous() and features.movedim(1, -1).is_contiguous()
+
+
+def _dense(features: Tensor) -> Tensor:
+    return features if features.is_contiguous() or _is_channels_last(features) else features.contiguous()
+
+
+def _native_limits(maps: Sequence[Tensor]) -> str | None:
+    if len({features.dtype for features in maps}) > 1:
+        return "the maps are of different dtypes"
+    if any(features.numel() == 0 for features in maps):
+        return "a map is empty"
+    return None
+
+
+def _cpu_supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> str | None:
+    reason = _native.missing() or _native.wrong_device(student[0], "cpu")
+    return reason or _native_limits([*student, *teacher])
+
+
+def _cpu_supports_backward(_grad: Tensor, student: Sequence[Tensor], *_: Any) -> str | None:
+    return _cpu_supports(student, [])
+
+
+def _batches(taps: int) -> list[slice]:
+    """Runs of taps that one launch takes."""
+    most = _native.module().max_taps
+    return [slice(first, min(first + most, taps)) for first in range(0, taps, most)]
+
+
+def _cpu_forward(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], p: int, mode: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    student, teacher = [_dense(s) for s in student], [_dense(t) for t in teacher]
+    dtype = accumulator(student)
+    losses = student[0].new_empty(len(student), dtype=dtype)
+    coefficients = student[0].new_empty(coefficient_count(student), dtype=dtype)
+    first = 0
+    for run in _batches(len(student)):
+        params = _native.module().AttentionParams(
+            dtype=_native.DTYPES[student[0].dtype], mode=_MODES[mode], power=p, eps=eps
+        )
+        for s, t in zip(student[run], teacher[run], strict=True):
+            params.add_tap(
+                batch=s.shape[0],
+                positions=s.shape[2:].numel(),
+                student=s.data_ptr(),
+                student_channels=s.shape[1],
+                student_last=_is_channels_last(s),
+                teacher=t.data_ptr(),
+                teacher_channels=t.shape[1],
+                teacher_last=_is_channels_last(t),
+            )
+        sample_losses = losses.new_empty(sum(s.shape[0] for s in student[run]))
+        params.set_forward(losses[run].data_ptr(), sample_losses.data_ptr(), coefficients[first:].data_ptr())
+        _native.module().attention_transfer_forward_cpu(params, _native.threads())
+        first += coefficient_count(student[run])
+    return losses, coefficients
+
+
+def _cpu_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, p: int) -> list[Tensor]:
+    grad, coefficients = grad.contiguous(), coefficients.contiguous()
+    maps = [_dense(s) for s in student]
+    gradients = [_native.empty_like(s) for s in maps]
+    first = 0
+    for run in _batches(len(maps)):
+        params = _native.module().AttentionParams(dtype=_native.DTYPES[maps[0].dtype], mode=0, power=p, eps=0.0)
+        for s, d in zip(maps[run], gradients[run], strict=True):
+            params.add_tap(
+                batch=s.shape[0],
+                positions=s.shape[2:].numel(),
+                student=s.data_ptr(),
+                student_channels=s.shape[1],
+                student_last=_is_channels_last(s),
+                d_student=d.data_ptr(),
+            )
+        bytes_written = sum(d.numel() * d.element_size() for d in gradients[run])
+        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), bytes_written > _CACHE_BYTES)
+        _native.module().attention_transfer_backward_cpu(params, _native.threads())
+        first += coefficient_count(maps[run])
+    return [_strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
+
+
+def _strided_as(gradient: Tensor, features: Tensor) -> Tensor:
+    """`gradient` with the strides that `torch.empty_like(features)` has, which the fake kernel promised."""
+    promised = torch.empty_like(features, device="meta").stride()
+    return gradient if gradient.stride() == promised else torch.empty_like(features).copy_(gradient)
+
+
 forward_implementations = Dispatcher(
-    "attention_transfer", [Implementation(Backend.REFERENCE, reference.attention_transfer_with_coefficients, _always)]
+    "attention_transfer",
+    [
+        Implementation(Backend.CPU, _cpu_forward, _cpu_supports),
+        Implementation(Backend.REFERENCE, reference.attention_transfer_with_coefficients, _always),
+    ],
 )
 backward_implementations = Dispatcher(
     "attention_transfer_backward",
-    [Implementation(Backend.REFERENCE, reference.attention_transfer_backward, _always)],
+    [
+        Implementation(Backend.CPU, _cpu_backward, _cpu_supports_backward),
+        Implementation(Backend.REFERENCE, reference.attention_transfer_backward, _always),
+    ],
 )
 
 

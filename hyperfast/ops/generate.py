@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
+from hyperfast.ops import _native
 from hyperfast.ops._library import differentiate, register
 
 _ARGUMENTS = (
@@ -22,9 +23,139 @@ def _always(*_: Any) -> None:
     return None
 
 
-forward_implementations = Dispatcher("generate", [Implementation(Backend.REFERENCE, reference.generate, _always)])
+_ENCODINGS = {name: code for code, name in enumerate(reference.ENCODINGS)}
+_ACTIVATIONS = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+_CHUNK_BYTES = 1 << 21  # of the head per work item on the CPU: many items per thread, few partial sums
+
+
+def _params(
+    condition: Tensor,
+    trunk_weights: Sequence[Tensor],
+    trunk_biases: Sequence[Tensor],
+    head: Tensor,
+    offsets: Tensor | None,
+    encoding: str,
+    activation: str,
+    negative_slope: float,
+    chunk: int,
+) -> Any:
+    batch, segments, size = condition.shape
+    rows, hidden = head.shape
+    return _native.module().GenerateParams(
+        dtype=_native.DTYPES[head.dtype],
+        encoding=_ENCODINGS[encoding],
+        activation=_ACTIVATIONS[activation],
+        negative_slope=negative_slope,
+        batch=batch,
+        segments=segments,
+        condition_size=size,
+        rows=rows,
+        hidden=hidden,
+        widths=[weight.shape[0] for weight in trunk_weights],
+        weights=[weight.data_ptr() for weight in trunk_weights],
+        biases=[bias.data_ptr() for bias in trunk_biases],
+        condition=condition.data_ptr(),
+        head=head.data_ptr(),
+        offsets=0 if offsets is None else offsets.data_ptr(),
+        chunk=chunk,
+    )
+
+
+def _contiguous(
+    condition: Tensor, trunk_weights: Sequence[Tensor], trunk_biases: Sequence[Tensor], head: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    return (
+        condition.contiguous(),
+        [weight.contiguous() for weight in trunk_weights],
+        [bias.contiguous() for bias in trunk_biases],
+        head.contiguous(),
+    )
+
+
+def _native_limits(condition: Tensor, trunk_weights: Sequence[Tensor], head: Tensor) -> str | None:
+    most = _native.module().max_layers
+    if len(trunk_weights) > most:
+        return f"{len(trunk_weights)} trunk layers; the native kernels take up to {most}"
+    if 0 in (*condition.shape, *head.shape):
+        return "there is nothing to generate"
+    return None
+
+
+def _cpu_supports_backward(
+    _grad: Tensor, condition: Tensor, trunk_weights: Sequence[Tensor], _biases: Sequence[Tensor], head: Tensor, *_: Any
+) -> str | None:
+    reason = _native.missing() or _native.wrong_device(head, "cpu")
+    if reason is None and head.dtype not in (torch.float32, torch.float64):
+        reason = f"the weights are {head.dtype}; the CPU kernels take float32 and float64"
+    return reason or _native_limits(condition, trunk_weights, head)
+
+
+def _cpu_supports(condition: Tensor, *arguments: Any) -> str | None:
+    return _cpu_supports_backward(condition, condition, *arguments)
+
+
+def _cpu_chunk(head: Tensor) -> int:
+    return max(16, _CHUNK_BYTES // (head.shape[1] * head.element_size()))
+
+
+def _cpu_forward(
+    condition: Tensor,
+    trunk_weights: Sequence[Tensor],
+    trunk_biases: Sequence[Tensor],
+    head: Tensor,
+    theta0: Tensor,
+    *options: Any,
+) -> Tensor:
+    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
+    theta0 = theta0.contiguous()
+    theta = _native.empty((condition.shape[0], head.shape[0]), head)
+    params = _params(*inputs, *options, chunk=_cpu_chunk(head))
+    params.set_forward(theta0.data_ptr(), theta.data_ptr())
+    _native.module().generate_forward_cpu(params, _native.threads())
+    return theta
+
+
+def _backward_outputs(
+    condition: Tensor, trunk_weights: Sequence[Tensor], head: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        condition.new_empty(condition.shape),
+        head.new_empty(trunk_size(trunk_weights)),
+        _native.empty(head.shape, head),
+    )
+
+
+def _cpu_backward(
+    grad: Tensor,
+    condition: Tensor,
+    trunk_weights: Sequence[Tensor],
+    trunk_biases: Sequence[Tensor],
+    head: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.contiguous()
+    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
+    outputs = _backward_outputs(condition, trunk_weights, head)
+    params = _params(*inputs, *options, chunk=_cpu_chunk(head))
+    workspace = head.new_empty(params.workspace_size)
+    params.set_backward(grad.data_ptr(), *(output.data_ptr() for output in outputs), workspace.data_ptr())
+    _native.module().generate_backward_cpu(params, _native.threads())
+    return outputs
+
+
+forward_implementations = Dispatcher(
+    "generate",
+    [
+        Implementation(Backend.CPU, _cpu_forward, _cpu_supports),
+        Implementation(Backend.REFERENCE, reference.generate, _always),
+    ],
+)
 backward_implementations = Dispatcher(
-    "generate_backward", [Implementation(Backend.REFERENCE, reference.generate_backward, _always)]
+    "generate_backward",
+    [
+        Implementation(Backend.CPU, _cpu_backward, _cpu_supports_backward),
+        Implementation(Backend.REFERENCE, reference.generate_backward, _always),
+    ],
 )
 
 

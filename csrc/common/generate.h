@@ -1,0 +1,281 @@
+// Weight generation, written once over a Block (see group.h in cpu/ and cuda/).
+//
+// The head rows are cut into chunks. A chunk computes the trunk for the condition rows it needs (a few thousand
+// multiplications), then streams its rows of the head once. In the backward pass it leaves its share of dh in the
+// workspace; `generate_finish` adds the shares in a fixed order and walks back through the trunk.
+#pragma once
+#include <cmath>
+
+#include "common/portable.h"
+#include "hyperfast/generate.h"
+
+namespace hyperfast {
+
+HF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+HF_INLINE int64_t encoded_width(const GenerateParams& p) {
+  return p.encoding == Encoding::kNone ? p.condition_size : 2 * p.condition_size;
+}
+
+// Width of the input of trunk layer `layer`; for `layers` itself, the head's.
+HF_INLINE int64_t input_width(const GenerateParams& p, int layer) {
+  return layer == 0 ? encoded_width(p) : p.widths[layer - 1];
+}
+
+// Scratch is laid out in cache lines: a vector that straddles two costs several times as much to write and read back.
+HF_INLINE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+// Accumulators that one condition row's trunk occupies: the encoding, then pre-activation and activation per layer.
+HF_INLINE int64_t trunk_floats(const GenerateParams& p) {
+  int64_t total = padded(encoded_width(p));
+  for (int layer = 0; layer < p.layers; ++layer) total += 2 * padded(p.widths[layer]);
+  return total;
+}
+
+HF_INLINE int64_t chunk_count(const GenerateParams& p) { return (p.rows + p.chunk - 1) / p.chunk; }
+
+HF_INLINE int64_t segment_begin(const GenerateParams& p, int64_t segment) { return p.offsets ? p.offsets[segment] : 0; }
+HF_INLINE int64_t segment_end(const GenerateParams& p, int64_t segment) {
+  return p.offsets ? p.offsets[segment + 1] : p.rows;
+}
+
+// The last segment that begins at or before head row `row`.
+HF_INLINE int64_t segment_of(const GenerateParams& p, int64_t row) {
+  int64_t low = 0, high = p.segments - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (p.offsets[middle] <= row) low = middle; else high = middle - 1;
+  }
+  return low;
+}
+
+template <class A>
+HF_INLINE A activate(A x, const GenerateParams& p) {
+  switch (p.activation) {
+    case Activation::kLeakyRelu: return x > 0 ? x : x * A(p.negative_slope);
+    case Activation::kRelu: return x > 0 ? x : A(0);
+    case Activation::kGelu: return A(0.5) * x * (1 + std::erf(x * A(0.70710678118654752440)));
+    default: return std::tanh(x);
+  }
+}
+
+template <class A>
+HF_INLINE A activation_slope(A x, const GenerateParams& p) {
+  switch (p.activation) {
+    case Activation::kLeakyRelu: return x > 0 ? A(1) : A(p.negative_slope);
+    case Activation::kRelu: return x > 0 ? A(1) : A(0);
+    case Activation::kGelu:
+      return A(0.5) * (1 + std::erf(x * A(0.70710678118654752440))) +
+             x * std::exp(A(-0.5) * x * x) * A(0.39894228040143267794);
+    default: {
+      const A t = std::tanh(x);
+      return 1 - t * t;
+    }
+  }
+}
+
+constexpr double kHalfPi = 1.57079632679489661923;
+
+// Encoding, pre-activations and activations of `count` condition rows `row(r)`, [count, trunk_floats] in `out`.
+// Returns where the features h of the first row begin; the rows are trunk_floats apart.
+template <class T, class Block, class RowOf>
+HF_INLINE int64_t trunk_forward(Block& block, const GenerateParams& p, typename Block::Acc* out, int64_t count,
+                                RowOf row) {
+  using A = typename Block::Acc;
+  const int64_t size = p.condition_size, stride = trunk_floats(p);
+  block.for_each(count * size, [&](int64_t k) {
+    const int64_t r = k / size, d = k % size;
+    const A z = A(static_cast<const T*>(p.condition)[row(r) * size + d]);
+    A* encoded = out + r * stride + d;
+    switch (p.encoding) {
+      case Encoding::kCosSin:
+        encoded[0] = std::cos(z * A(kHalfPi));
+        encoded[size] = std::sin(z * A(kHalfPi));
+        break;
+      case Encoding::kComplement:
+        encoded[0] = z;
+        encoded[size] = 1 - z;
+        break;
+      default: encoded[0] = z;
+    }
+  });
+  block.sync();
+  int64_t input = 0;
+  for (int layer = 0; layer < p.layers; ++layer) {
+    const int64_t in = input_width(p, layer), width = p.widths[layer];
+    const int64_t z = input + padded(in), next = z + padded(width);
+    const T* weight = static_cast<const T*>(p.weight[layer]);
+    const T* bias = static_cast<const T*>(p.bias[layer]);
+    block.partition(0, count * width, [&](int64_t k, auto& lanes) {
+      const int64_t r = k / width, j = k % width;
+      const A* x = out + r * stride + input;
+      const A sum = lanes.sum(in, [&](auto i) { return lanes.load(weight + j * in, i) * lanes.load(x, i); });
+      lanes.once([&] {
+        out[r * stride + z + j] = sum + A(bias[j]);
+        out[r * stride + next + j] = activate(sum + A(bias[j]), p);
+      });
+    });
+    block.sync();
+    input = next;
+  }
+  return input;
+}
+
+// Calls f(segment, begin, end) for each run of head rows of chunk `chunk` that shares a segment.
+template <class F>
+HF_INLINE void for_each_run(const GenerateParams& p, int64_t chunk, F f) {
+  const int64_t end = smaller((chunk + 1) * p.chunk, p.rows);
+  for (int64_t begin = chunk * p.chunk; begin < end;) {
+    const int64_t segment = p.offsets ? segment_of(p, begin) : 0;
+    const int64_t stop = smaller(segment_end(p, segment), end);
+    f(segment, begin, stop);
+    begin = stop;
+  }
+}
+
+// Where chunk c leaves its share of dh of segment s: the overlapping pairs (c, s) form a staircase, so c + s is unique.
+HF_INLINE int64_t share_index(const GenerateParams& p, int64_t chunk, int64_t segment) {
+  return (chunk + segment) * p.batch * p.hidden;
+}
+
+// theta of one chunk. `scratch`: batch * trunk_floats accumulators.
+template <class T, class Block>
+HF_INLINE void generate_chunk(Block& block, const GenerateParams& p, int64_t chunk, typename Block::Acc* scratch) {
+  using A = typename Block::Acc;
+  const T* head = static_cast<const T*>(p.head);
+  const T* theta0 = static_cast<const T*>(p.theta0);
+  T* theta = static_cast<T*>(p.theta);
+  const int64_t stride = trunk_floats(p);
+  for_each_run(p, chunk, [&](int64_t segment, int64_t begin, int64_t end) {
+    const int64_t features =
+        trunk_forward<T>(block, p, scratch, p.batch, [&](int64_t b) { return b * p.segments + segment; });
+    block.partition(begin, end, [&](int64_t row, auto& lanes) {
+      const T* w = head + row * p.hidden;
+      for (int64_t b = 0; b < p.batch; ++b) {
+        const A* h = scratch + b * stride + features;
+        const A sum = lanes.sum(p.hidden, [&](auto i) { return lanes.load(w, i) * lanes.load(h, i); });
+        lanes.once([&] { theta[b * p.rows + row] = T(A(theta0[row]) + sum); });
+      }
+    });
+    block.sync();
+  });
+}
+
+// The head's gradient and this chunk's share of dh, in one pass over its rows of the head.
+// `scratch`: batch * trunk_floats, then batch * hidden per lane group.
+template <class T, class Block>
+HF_INLINE void generate_backward_chunk(Block& block, const GenerateParams& p, int64_t chunk,
+                                       typename Block::Acc* scratch) {
+  using A = typename Block::Acc;
+  const T* head = static_cast<const T*>(p.head);
+  const T* grad = static_cast<const T*>(p.grad);
+  T* d_head = static_cast<T*>(p.d_head);
+  const int64_t stride = trunk_floats(p), size = p.batch * p.hidden;
+  A* shares = scratch + p.batch * stride;
+  for_each_run(p, chunk, [&](int64_t segment, int64_t begin, int64_t end) {
+    const int64_t features =
+        trunk_forward<T>(block, p, scratch, p.batch, [&](int64_t b) { return b * p.segments + segment; });
+    block.for_each(block.lane_groups() * size, [&](int64_t k) { shares[k] = 0; });
+    block.sync();
+    block.partition(begin, end, [&](int64_t row, auto& lanes) {
+      const T* w = head + row * p.hidden;
+      A* share = shares + lanes.index() * size;
+      lanes.for_each(p.hidden, [&](auto i) {
+        const auto weight = lanes.load(w, i);
+        auto total = lanes.zero(i);
+        for (int64_t b = 0; b < p.batch; ++b) {
+          const A g = A(grad[b * p.rows + row]);
+          total += lanes.load(scratch + b * stride + features, i) * g;
+          lanes.store(share + b * p.hidden, i, lanes.load(share + b * p.hidden, i) + weight * g);
+        }
+        lanes.stream(d_head + row * p.hidden, i, total);
+      });
+    });
+    block.sync();
+    A* out = static_cast<A*>(p.workspace) + share_index(p, chunk, segment);
+    block.for_each(size, [&](int64_t k) {
+      A sum = 0;
+      for (int64_t group = 0; group < block.lane_groups(); ++group) sum += shares[group * size + k];
+      out[k] = sum;
+    });
+    block.sync();
+  });
+}
+
+// dh of every condition row from the chunks' shares, then back through trunk and encoding. One block.
+template <class T, class Block>
+HF_INLINE void generate_finish(Block& block, const GenerateParams& p) {
+  using A = typename Block::Acc;
+  const int64_t count = p.batch * p.segments, stride = trunk_floats(p), chunks = chunk_count(p);
+  const A* shares = static_cast<const A*>(p.workspace);
+  A* activations = static_cast<A*>(p.workspace) + (chunks + p.segments) * p.batch * p.hidden;
+  int64_t input = trunk_forward<T>(block, p, activations, count, [](int64_t r) { return r; });
+
+  // Gradients take the place of the activations they belong to, from the features backwards.
+  block.for_each(count * p.hidden, [&](int64_t k) {
+    const int64_t r = k / p.hidden, i = k % p.hidden, b = r / p.segments, segment = r % p.segments;
+    const int64_t begin = segment_begin(p, segment), end = segment_end(p, segment);
+    A sum = 0;
+    if (begin < end)
+      for (int64_t chunk = begin / p.chunk; chunk <= (end - 1) / p.chunk; ++chunk)
+        sum += shares[share_index(p, chunk, segment) + b * p.hidden + i];
+    activations[r * stride + input + i] = sum;
+  });
+  block.sync();
+
+  T* d_weight = static_cast<T*>(p.d_trunk);
+  for (int layer = 0; layer < p.layers; ++layer) d_weight += (input_width(p, layer) + 1) * p.widths[layer];
+  for (int layer = p.layers - 1; layer >= 0; --layer) {
+    const int64_t in = input_width(p, layer), width = p.widths[layer];
+    const int64_t z = input - padded(width), x = z - padded(in);
+    d_weight -= (in + 1) * width;
+    block.for_each(count * width, [&](int64_t k) {
+      A* row = activations + (k / width) * stride;
+      row[z + k % width] = row[input + k % width] * activation_slope(row[z + k % width], p);
+    });
+    block.sync();
+    block.partition(0, width, [&](int64_t j, auto& lanes) {
+      lanes.for_each(in, [&](auto i) {
+        auto sum = lanes.zero(i);
+        for (int64_t r = 0; r < count; ++r)
+          sum += lanes.load(activations + r * stride + x, i) * activations[r * stride + z + j];
+        lanes.store(d_weight + j * in, i, sum);
+      });
+      lanes.once([&] {
+        A sum = 0;
+        for (int64_t r = 0; r < count; ++r) sum += activations[r * stride + z + j];
+        d_weight[width * in + j] = T(sum);
+      });
+    });
+    block.sync();
+    const T* weight = static_cast<const T*>(p.weight[layer]);
+    block.partition(0, count, [&](int64_t r, auto& lanes) {
+      lanes.for_each(in, [&](auto i) {
+        auto sum = lanes.zero(i);
+        for (int64_t j = 0; j < width; ++j) sum += lanes.load(weight + j * in, i) * activations[r * stride + z + j];
+        lanes.store(activations + r * stride + x, i, sum);
+      });
+    });
+    block.sync();
+    input = x;
+  }
+
+  const int64_t size = p.condition_size;
+  block.for_each(count * size, [&](int64_t k) {
+    const int64_t r = k / size, d = k % size;
+    const A* gradient = activations + r * stride + d;
+    const A angle = A(static_cast<const T*>(p.condition)[k]) * A(kHalfPi);
+    A result = gradient[0];
+    if (p.encoding == Encoding::kCosSin)
+      result = A(kHalfPi) * (gradient[size] * std::cos(angle) - gradient[0] * std::sin(angle));
+    if (p.encoding == Encoding::kComplement) result = gradient[0] - gradient[size];
+    static_cast<T*>(p.d_condition)[k] = T(result);
+  });
+}
+
+// Accumulators of scratch for the backward pass: the shares of dh, then the activations of every condition row.
+inline int64_t generate_workspace_size(const GenerateParams& p) {
+  return (chunk_count(p) + p.segments) * p.batch * p.hidden + p.batch * p.segments * trunk_floats(p);
+}
+
+}  // namespace hyperfast

@@ -1,0 +1,9 @@
+#pragma once
+
+#ifdef __CUDACC__
+#define HF_INLINE __host__ __device__ __forceinline__
+#define HF_UNROLL _Pragma("unroll")
+#else
+#define HF_INLINE inline __attribute__((always_inline))
+#define HF_UNROLL _Pragma("GCC unroll 8")
+#endif

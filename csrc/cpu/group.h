@@ -1,0 +1,291 @@
+// The processor's Block: one thread, whose lanes are one SIMD register. Compiled once per instruction set.
+//
+// The interface that the algorithms in common/ are written over:
+//   Block  for_each(n, f)            f(k) for every k < n, in any order
+//          partition(begin, end, f)  f(k, lanes) for every k, each on one group of lanes
+//          sum(n, f)                 sum of f(i, lanes) over vectors i that cover n, in a fixed order, known to all
+//          once(f)                   f() by one of the threads
+//          sync()                    what was written before is seen after
+//          lane_groups()             how many groups partition() uses at once
+//   Lanes  for_each(n, f)            f(i) for vectors i of positions that cover n
+//          sum(n, f)                 sum of f(i) over them
+//          load / store / stream     one vector, converted to the accumulator type; stream() will not be read soon
+//          once(f)                   f() by one of the lanes
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "common/portable.h"
+
+#ifndef HYPERFAST_ISA
+#define HYPERFAST_ISA baseline
+#endif
+
+namespace hyperfast {
+namespace HYPERFAST_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+  BFloat16() = default;
+  explicit BFloat16(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    // Round to nearest even; a NaN keeps a mantissa bit.
+    bits = x != x ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  }
+  explicit operator float() const {
+    const uint32_t u = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+  }
+};
+
+// IEEE half precision by integer arithmetic where the processor has no instruction for it.
+struct Float16 {
+  uint16_t bits;
+  Float16() = default;
+#if defined(__F16C__)
+  explicit Float16(float x) : bits(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)) {}
+  explicit operator float() const { return _cvtsh_ss(bits); }
+#else
+  explicit Float16(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    const uint32_t sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) {
+      bits = uint16_t(sign | 0x7e00);
+    } else if (magnitude >= 0x477ff000) {  // rounds to infinity
+      bits = uint16_t(sign | 0x7c00);
+    } else if (magnitude >= 0x38800000) {  // normal: round to nearest even
+      bits = uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+    } else {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+      float small;
+      std::memcpy(&small, &magnitude, 4);
+      small += 0.5f;
+      std::memcpy(&u, &small, 4);
+      bits = uint16_t(sign | (u - 0x3f000000));
+    }
+  }
+  explicit operator float() const {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    float x;
+    if (rest >= 0x7c00) {
+      const uint32_t u = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+      std::memcpy(&x, &u, 4);
+    } else if (rest >= 0x400) {
+      const uint32_t u = sign | ((rest << 13) + 0x38000000);
+      std::memcpy(&x, &u, 4);
+    } else {
+      x = float(rest) * 5.9604644775390625e-8f;
+      if (sign) x = -x;
+    }
+    return x;
+  }
+#endif
+};
+
+template <class A, int N>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(N * sizeof(A)), aligned(sizeof(A))));
+};
+template <class A>
+struct VectorOf<A, 1> {
+  typedef A type;
+};
+template <class A, int N>
+using Vector = typename VectorOf<A, N>::type;
+
+// `width` consecutive positions from `at` on.
+template <int N>
+struct Positions {
+  static constexpr int width = N;
+  int64_t at;
+};
+
+template <class A, int N>
+HF_INLINE A add_up(Vector<A, N> v) {
+  if constexpr (N == 1) {
+    return v;
+  } else {
+    Vector<A, N / 2> low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return add_up<A, N / 2>(low + high);
+  }
+}
+
+template <class A, int N, class T>
+HF_INLINE Vector<A, N> load_as(const T* p) {
+  Vector<A, N> v;
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(&v, p, sizeof(v));
+  } else if constexpr (N == 1) {
+    v = A(*p);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    Vector<uint16_t, N> half;
+    std::memcpy(&half, p, sizeof(half));
+    const Vector<uint32_t, N> bits = __builtin_convertvector(half, Vector<uint32_t, N>) << 16;
+    std::memcpy(&v, &bits, sizeof(v));
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<T, Float16> && N == 16) {
+    const __m512 full = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    std::memcpy(&v, &full, sizeof(v));
+#endif
+  } else {
+    A values[N];
+    for (int k = 0; k < N; ++k) values[k] = A(p[k]);
+    std::memcpy(&v, values, sizeof(v));
+  }
+  return v;
+}
+
+template <class A, int N, class T>
+HF_INLINE void store_as(T* p, Vector<A, N> v) {
+  if constexpr (std::is_same_v<T, A>) {
+    std::memcpy(p, &v, sizeof(v));
+  } else if constexpr (N == 1) {
+    *p = T(v);
+  } else {
+    for (int k = 0; k < N; ++k) p[k] = T(v[k]);
+  }
+}
+
+// Past the caches: a gradient as large as the head would only push out what is still needed, and an ordinary store
+// reads the line first.
+template <class A, int N, class T>
+HF_INLINE void stream_as(T* p, Vector<A, N> v) {
+#if defined(__SSE2__)
+  if constexpr (std::is_same_v<T, A> && N * sizeof(A) == 64) {
+    if (reinterpret_cast<uintptr_t>(p) % 64 == 0) {
+      const char* from = reinterpret_cast<const char*>(&v);
+      char* to = reinterpret_cast<char*>(p);
+#if defined(__AVX512F__)
+      __m512i part;
+      std::memcpy(&part, from, 64);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), part);
+#elif defined(__AVX__)
+      for (int k = 0; k < 64; k += 32) {
+        __m256i part;
+        std::memcpy(&part, from + k, 32);
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + k), part);
+      }
+#else
+      for (int k = 0; k < 64; k += 16) {
+        __m128i part;
+        std::memcpy(&part, from + k, 16);
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), part);
+      }
+#endif
+      return;
+    }
+  }
+#endif
+  store_as<A, N>(p, v);
+}
+
+// Streamed stores are weakly ordered; one fence before the work is handed over.
+HF_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// A thread's working memory. Not std::vector: the standard library's inline functions would be compiled here for one
+// instruction set and might be linked for all.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(static_cast<A*>(std::aligned_alloc(64, (size * sizeof(A) / 64 + 1) * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* data() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+template <class A>
+struct Lanes {
+  using Acc = A;
+  static constexpr int kWidth = 64 / sizeof(A);
+
+  template <class F>
+  HF_INLINE void for_each(int64_t n, F f) const {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) f(Positions<kWidth>{i});
+    for (; i < n; ++i) f(Positions<1>{i});
+  }
+
+  template <class F>
+  HF_INLINE A sum(int64_t n, F f) const {
+    Vector<A, kWidth> total = {};
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) total += f(Positions<kWidth>{i});
+    A rest = 0;
+    for (; i < n; ++i) rest += f(Positions<1>{i});
+    return add_up<A, kWidth>(total) + rest;
+  }
+
+  template <class F>
+  HF_INLINE void once(F f) const { f(); }
+
+  HF_INLINE int64_t index() const { return 0; }
+
+  template <class T, int N>
+  HF_INLINE Vector<A, N> load(const T* p, Positions<N> i) const { return load_as<A, N>(p + i.at); }
+  template <class T, int N>
+  HF_INLINE void store(T* p, Positions<N> i, Vector<A, N> v) const { store_as<A, N>(p + i.at, v); }
+  template <class T, int N>
+  HF_INLINE void stream(T* p, Positions<N> i, Vector<A, N> v) const { stream_as<A, N>(p + i.at, v); }
+  template <class V>
+  HF_INLINE V abs(V x) const { return x < A(0) ? -x : x; }
+  template <class V>
+  HF_INLINE V sign(V x) const {
+    const V one = V{} + A(1), none = V{};
+    return x > A(0) ? one : (x < A(0) ? -one : none);
+  }
+  template <int N>
+  HF_INLINE Vector<A, N> zero(Positions<N>) const { return Vector<A, N>{}; }
+};
+
+template <class A>
+struct Block {
+  using Acc = A;
+
+  template <class F>
+  HF_INLINE void for_each(int64_t n, F f) const {
+    for (int64_t k = 0; k < n; ++k) f(k);
+  }
+
+  template <class F>
+  HF_INLINE void partition(int64_t begin, int64_t end, F f) const {
+    Lanes<A> lanes;
+    for (int64_t k = begin; k < end; ++k) f(k, lanes);
+  }
+
+  template <class F>
+  HF_INLINE A sum(int64_t n, F f) const {
+    Lanes<A> lanes;
+    return lanes.sum(n, [&](auto i) { return f(i, lanes); });
+  }
+
+  template <class F>
+  HF_INLINE void once(F f) const { f(); }
+
+  HF_INLINE void sync() const {}
+  HF_INLINE int64_t lane_groups() const { return 1; }
+};
+
+}  // namespace HYPERFAST_ISA
+}  // namespace hyperfast

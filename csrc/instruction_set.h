@@ -1,0 +1,58 @@
+// The CPU kernels exist once per instruction set; this picks the widest one that the processor has.
+#pragma once
+#include <cstdlib>
+#include <string>
+
+#include "hyperfast/attention_transfer.h"
+#include "hyperfast/generate.h"
+
+namespace hyperfast {
+
+struct CpuKernels {
+  const char* instruction_set;
+  void (*generate_forward)(const GenerateParams&, int threads);
+  void (*generate_backward)(const GenerateParams&, int threads);
+  void (*attention_transfer_forward)(const AttentionParams&, int threads);
+  void (*attention_transfer_backward)(const AttentionParams&, int threads);
+};
+
+#define HYPERFAST_DECLARE(isa)                                       \
+  namespace isa {                                                    \
+  void generate_forward(const GenerateParams&, int);                 \
+  void generate_backward(const GenerateParams&, int);                \
+  void attention_transfer_forward(const AttentionParams&, int);      \
+  void attention_transfer_backward(const AttentionParams&, int);     \
+  inline CpuKernels kernels() {                                      \
+    return {#isa, generate_forward, generate_backward,               \
+            attention_transfer_forward, attention_transfer_backward}; \
+  }                                                                  \
+  }
+
+HYPERFAST_DECLARE(baseline)
+#if defined(__x86_64__)
+HYPERFAST_DECLARE(avx2)
+HYPERFAST_DECLARE(avx512)
+#endif
+#undef HYPERFAST_DECLARE
+
+// HYPERFAST_INSTRUCTION_SET narrows the choice, so that one machine can test them all.
+inline CpuKernels choose_cpu_kernels() {
+  const char* wanted = std::getenv("HYPERFAST_INSTRUCTION_SET");
+  const std::string limit = wanted ? wanted : "avx512";
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (limit == "avx512" && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return avx512::kernels();
+  if (limit != "baseline" && fma) return avx2::kernels();
+#endif
+  return baseline::kernels();
+}
+
+inline const CpuKernels& cpu_kernels() {
+  static const CpuKernels chosen = choose_cpu_kernels();
+  return chosen;
+}
+
+}  // namespace hyperfast

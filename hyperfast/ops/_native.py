@@ -1,0 +1,78 @@
+"""What stands between tensors and the addresses that `hyperfast._C` takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    from hyperfast import _C
+except ImportError as error:  # a pure Python install
+    _C = None  # type: ignore[assignment]
+    _missing = f"the native module was not built ({error})"
+else:
+    _missing = ""
+
+# As enum DType in csrc/include/hyperfast/types.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# Below this an ordinary allocation comes from memory that the C library keeps.
+_POOLED_BYTES = 1 << 20
+
+
+def module() -> ModuleType:
+    """`hyperfast._C`; call only where `missing()` or `missing_cuda()` is None."""
+    return _C
+
+
+def missing() -> str | None:
+    """Why there is no native code, or None."""
+    return _missing or None
+
+
+def missing_cuda() -> str | None:
+    """Why there is no native CUDA code, or None."""
+    if _C is not None and not _C.with_cuda:
+        return "the native module was built without CUDA"
+    return missing()
+
+
+def wrong_device(tensor: Tensor, device: str) -> str | None:
+    """Why a kernel for `device` cannot take `tensor`, or None."""
+    return None if tensor.device.type == device else f"the tensors are on {tensor.device.type}"
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Like `like.new_empty(shape, dtype=dtype)`, from the pool of host blocks where the tensor is large."""
+    dtype = dtype or like.dtype
+    count = math.prod(shape)
+    if like.device.type != "cpu" or _C is None or count * dtype.itemsize < _POOLED_BYTES:
+        return like.new_empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(_C.HostBuffer(count * dtype.itemsize), dtype=dtype).view(*shape)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        tensor.fill_(math.nan)  # what torch.empty does, so that forgotten elements show in tests
+    return tensor
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor with the strides of a dense `tensor`, from the pool where it is large."""
+    if tensor.is_contiguous():
+        return empty(tensor.shape, tensor)
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    dense = empty([tensor.shape[d] for d in order], tensor)
+    return dense.permute([order.index(d) for d in range(tensor.ndim)])
+
+
+def threads() -> int:
+    """Threads of a CPU kernel: torch's own setting."""
+    return torch.get_num_threads()
+
+
+def stream(tensor: Tensor) -> tuple[int, int]:
+    """Handle of torch's current CUDA stream on the tensor's device, and the device index."""
+    index = tensor.device.index
+    return torch.cuda.current_stream(index).cuda_stream, index
