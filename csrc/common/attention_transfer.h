@@ -10,7 +10,7 @@ namespace hyperfast {
 
 // |x|^P for a vector x.
 template <int P, class Lanes, class V>
-HF_INLINE V absolute_power(const Lanes& lanes, V x) {
+HF_BODY V absolute_power(const Lanes& lanes, V x) {
   if constexpr (P == 1) return lanes.abs(x);
   else if constexpr (P == 2) return x * x;
   else return lanes.abs(x) * x * x;
@@ -18,7 +18,7 @@ HF_INLINE V absolute_power(const Lanes& lanes, V x) {
 
 // d|x|^P / dx / P = |x|^(P-1) sign(x).
 template <int P, class Lanes, class V>
-HF_INLINE V power_slope(const Lanes& lanes, V x) {
+HF_BODY V power_slope(const Lanes& lanes, V x) {
   if constexpr (P == 1) return lanes.sign(x);
   else if constexpr (P == 2) return x;
   else return lanes.abs(x) * x;
@@ -29,7 +29,7 @@ constexpr int kChannelsAtOnce = 8;  // summed in registers: fewer trips to `ener
 // energy[n] = sum over the channels of |F[c, n]|^P. `energy`: lane_groups * positions accumulators, the first group's
 // part holds the result.
 template <int P, class T, class Block>
-HF_INLINE void channel_energy(Block& block, const T* map, int64_t channels, int64_t positions, bool channels_last,
+HF_BODY void channel_energy(Block& block, const T* map, int64_t channels, int64_t positions, bool channels_last,
                               typename Block::Acc* energy) {
   using A = typename Block::Acc;
   if (channels_last) {
@@ -84,7 +84,7 @@ HF_INLINE int64_t attention_scratch(const AttentionParams& p, int64_t lane_group
 
 // Loss share and coefficients of one sample of one tap.
 template <int P, class T, class Block>
-HF_INLINE void attention_item(Block& block, const AttentionParams& p, int64_t item, typename Block::Acc* scratch) {
+HF_BODY void attention_item(Block& block, const AttentionParams& p, int64_t item, typename Block::Acc* scratch) {
   using A = typename Block::Acc;
   const AttentionTap& tap = p.tap[tap_of(p, item)];
   const int64_t sample = item - tap.first_item, n = tap.positions;
@@ -141,7 +141,7 @@ HF_INLINE void attention_item(Block& block, const AttentionParams& p, int64_t it
 
 // Losses of the taps from their samples' shares, in a fixed order.
 template <class Block>
-HF_INLINE void attention_finish(Block& block, const AttentionParams& p) {
+HF_BODY void attention_finish(Block& block, const AttentionParams& p) {
   using A = typename Block::Acc;
   const A* shares = static_cast<const A*>(p.sample_losses);
   block.partition(0, p.taps, [&](int64_t tap, auto& lanes) {
@@ -152,7 +152,7 @@ HF_INLINE void attention_finish(Block& block, const AttentionParams& p) {
 
 // dL/dF of one sample of one tap.
 template <int P, class T, class Block>
-HF_INLINE void attention_backward_item(Block& block, const AttentionParams& p, int64_t item) {
+HF_BODY void attention_backward_item(Block& block, const AttentionParams& p, int64_t item) {
   using A = typename Block::Acc;
   const int index = tap_of(p, item);
   const AttentionTap& tap = p.tap[index];

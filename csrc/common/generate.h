@@ -50,7 +50,7 @@ HF_INLINE int64_t segment_of(const GenerateParams& p, int64_t row) {
 }
 
 template <class A>
-HF_INLINE A activate(A x, const GenerateParams& p) {
+HF_BODY A activate(A x, const GenerateParams& p) {
   switch (p.activation) {
     case Activation::kLeakyRelu: return x > 0 ? x : x * A(p.negative_slope);
     case Activation::kRelu: return x > 0 ? x : A(0);
@@ -60,7 +60,7 @@ HF_INLINE A activate(A x, const GenerateParams& p) {
 }
 
 template <class A>
-HF_INLINE A activation_slope(A x, const GenerateParams& p) {
+HF_BODY A activation_slope(A x, const GenerateParams& p) {
   switch (p.activation) {
     case Activation::kLeakyRelu: return x > 0 ? A(1) : A(p.negative_slope);
     case Activation::kRelu: return x > 0 ? A(1) : A(0);
@@ -74,12 +74,35 @@ HF_INLINE A activation_slope(A x, const GenerateParams& p) {
   }
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 constexpr double kHalfPi = 1.57079632679489661923;
+
+// Cosine and sine of a quarter turn times z.
+template <class A>
+HF_BODY A quarter_cosine(A z) {
+#ifdef __CUDA_ARCH__
+  return cospif(z / 2);  // without the slow path that cosf needs for large arguments
+#else
+  return std::cos(z * A(kHalfPi));
+#endif
+}
+template <class A>
+HF_BODY A quarter_sine(A z) {
+#ifdef __CUDA_ARCH__
+  return sinpif(z / 2);
+#else
+  return std::sin(z * A(kHalfPi));
+#endif
+}
 
 // Encoding, pre-activations and activations of `count` condition rows `row(r)`, [count, trunk_floats] in `out`.
 // Returns where the features h of the first row begin; the rows are trunk_floats apart.
 template <class T, class Block, class RowOf>
-HF_INLINE int64_t trunk_forward(Block& block, const GenerateParams& p, typename Block::Acc* out, int64_t count,
+HF_BODY int64_t trunk_forward(Block& block, const GenerateParams& p, typename Block::Acc* out, int64_t count,
                                 RowOf row) {
   using A = typename Block::Acc;
   const int64_t size = p.condition_size, stride = trunk_floats(p);
@@ -89,8 +112,8 @@ HF_INLINE int64_t trunk_forward(Block& block, const GenerateParams& p, typename 
     A* encoded = out + r * stride + d;
     switch (p.encoding) {
       case Encoding::kCosSin:
-        encoded[0] = std::cos(z * A(kHalfPi));
-        encoded[size] = std::sin(z * A(kHalfPi));
+        encoded[0] = quarter_cosine(z);
+        encoded[size] = quarter_sine(z);
         break;
       case Encoding::kComplement:
         encoded[0] = z;
@@ -123,7 +146,7 @@ HF_INLINE int64_t trunk_forward(Block& block, const GenerateParams& p, typename 
 
 // Calls f(segment, begin, end) for each run of head rows of chunk `chunk` that shares a segment.
 template <class F>
-HF_INLINE void for_each_run(const GenerateParams& p, int64_t chunk, F f) {
+HF_BODY void for_each_run(const GenerateParams& p, int64_t chunk, F f) {
   const int64_t end = smaller((chunk + 1) * p.chunk, p.rows);
   for (int64_t begin = chunk * p.chunk; begin < end;) {
     const int64_t segment = p.offsets ? segment_of(p, begin) : 0;
@@ -138,23 +161,36 @@ HF_INLINE int64_t share_index(const GenerateParams& p, int64_t chunk, int64_t se
   return (chunk + segment) * p.batch * p.hidden;
 }
 
+constexpr int kRowsAtOnce = 4;  // of the head: independent loads in flight, and one update of dh for all of them
+
+// Calls f(rows, row, lanes) with rows a compile-time count, covering [begin, end) on the block's lane groups.
+template <class Block, class F>
+HF_BODY void for_each_rows(Block& block, int64_t begin, int64_t end, F f) {
+  const int64_t groups = (end - begin) / kRowsAtOnce, rest = begin + groups * kRowsAtOnce;
+  block.partition(0, groups, [&](int64_t k, auto& lanes) { f(Count<kRowsAtOnce>{}, begin + k * kRowsAtOnce, lanes); });
+  block.partition(rest, end, [&](int64_t row, auto& lanes) { f(Count<1>{}, row, lanes); });
+}
+
 // theta of one chunk. `scratch`: batch * trunk_floats accumulators.
 template <class T, class Block>
-HF_INLINE void generate_chunk(Block& block, const GenerateParams& p, int64_t chunk, typename Block::Acc* scratch) {
+HF_BODY void generate_chunk(Block& block, const GenerateParams& p, int64_t chunk, typename Block::Acc* scratch) {
   using A = typename Block::Acc;
   const T* head = static_cast<const T*>(p.head);
   const T* theta0 = static_cast<const T*>(p.theta0);
   T* theta = static_cast<T*>(p.theta);
-  const int64_t stride = trunk_floats(p);
+  const int64_t stride = trunk_floats(p), hidden = p.hidden, total_rows = p.rows;
   for_each_run(p, chunk, [&](int64_t segment, int64_t begin, int64_t end) {
     const int64_t features =
         trunk_forward<T>(block, p, scratch, p.batch, [&](int64_t b) { return b * p.segments + segment; });
-    block.partition(begin, end, [&](int64_t row, auto& lanes) {
-      const T* w = head + row * p.hidden;
+    for_each_rows(block, begin, end, [&](auto rows, int64_t row, auto& lanes) {
       for (int64_t b = 0; b < p.batch; ++b) {
         const A* h = scratch + b * stride + features;
-        const A sum = lanes.sum(p.hidden, [&](auto i) { return lanes.load(w, i) * lanes.load(h, i); });
-        lanes.once([&] { theta[b * p.rows + row] = T(A(theta0[row]) + sum); });
+        A sums[rows.value];
+        lanes.sums(hidden, sums, [&](int r, auto i) { return lanes.load(head + (row + r) * hidden, i) * lanes.load(h, i); });
+        lanes.once([&] {
+          HF_UNROLL
+          for (int r = 0; r < rows.value; ++r) theta[b * total_rows + row + r] = T(A(theta0[row + r]) + sums[r]);
+        });
       }
     });
     block.sync();
@@ -164,31 +200,42 @@ HF_INLINE void generate_chunk(Block& block, const GenerateParams& p, int64_t chu
 // The head's gradient and this chunk's share of dh, in one pass over its rows of the head.
 // `scratch`: batch * trunk_floats, then batch * hidden per lane group.
 template <class T, class Block>
-HF_INLINE void generate_backward_chunk(Block& block, const GenerateParams& p, int64_t chunk,
-                                       typename Block::Acc* scratch) {
+HF_BODY void generate_backward_chunk(Block& block, const GenerateParams& p, int64_t chunk,
+                                     typename Block::Acc* scratch) {
   using A = typename Block::Acc;
   const T* head = static_cast<const T*>(p.head);
   const T* grad = static_cast<const T*>(p.grad);
   T* d_head = static_cast<T*>(p.d_head);
-  const int64_t stride = trunk_floats(p), size = p.batch * p.hidden;
-  A* shares = scratch + p.batch * stride;
+  const int64_t stride = trunk_floats(p), hidden = p.hidden, batch = p.batch, size = batch * hidden;
+  A* shares = scratch + batch * stride;
   for_each_run(p, chunk, [&](int64_t segment, int64_t begin, int64_t end) {
     const int64_t features =
-        trunk_forward<T>(block, p, scratch, p.batch, [&](int64_t b) { return b * p.segments + segment; });
+        trunk_forward<T>(block, p, scratch, batch, [&](int64_t b) { return b * p.segments + segment; });
     block.for_each(block.lane_groups() * size, [&](int64_t k) { shares[k] = 0; });
     block.sync();
-    block.partition(begin, end, [&](int64_t row, auto& lanes) {
-      const T* w = head + row * p.hidden;
+    for_each_rows(block, begin, end, [&](auto rows, int64_t row, auto& lanes) {
+      constexpr int kRows = rows.value;
       A* share = shares + lanes.index() * size;
-      lanes.for_each(p.hidden, [&](auto i) {
-        const auto weight = lanes.load(w, i);
-        auto total = lanes.zero(i);
-        for (int64_t b = 0; b < p.batch; ++b) {
-          const A g = A(grad[b * p.rows + row]);
-          total += lanes.load(scratch + b * stride + features, i) * g;
-          lanes.store(share + b * p.hidden, i, lanes.load(share + b * p.hidden, i) + weight * g);
+      lanes.for_each(hidden, [&](auto i) {
+        decltype(lanes.zero(i)) weight[kRows], gradient[kRows];
+        HF_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          weight[r] = lanes.load(head + (row + r) * hidden, i);
+          gradient[r] = lanes.zero(i);
         }
-        lanes.stream(d_head + row * p.hidden, i, total);
+        for (int64_t b = 0; b < batch; ++b) {
+          const auto h = lanes.load(scratch + b * stride + features, i);
+          auto sum = lanes.load(share + b * hidden, i);
+          HF_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            const A g = A(grad[b * p.rows + row + r]);
+            gradient[r] += h * g;
+            sum += weight[r] * g;
+          }
+          lanes.store(share + b * hidden, i, sum);
+        }
+        HF_UNROLL
+        for (int r = 0; r < kRows; ++r) lanes.stream(d_head + (row + r) * hidden, i, gradient[r]);
       });
     });
     block.sync();
@@ -204,7 +251,7 @@ HF_INLINE void generate_backward_chunk(Block& block, const GenerateParams& p, in
 
 // dh of every condition row from the chunks' shares, then back through trunk and encoding. One block.
 template <class T, class Block>
-HF_INLINE void generate_finish(Block& block, const GenerateParams& p) {
+HF_BODY void generate_finish(Block& block, const GenerateParams& p) {
   using A = typename Block::Acc;
   const int64_t count = p.batch * p.segments, stride = trunk_floats(p), chunks = chunk_count(p);
   const A* shares = static_cast<const A*>(p.workspace);
@@ -264,10 +311,10 @@ HF_INLINE void generate_finish(Block& block, const GenerateParams& p) {
   block.for_each(count * size, [&](int64_t k) {
     const int64_t r = k / size, d = k % size;
     const A* gradient = activations + r * stride + d;
-    const A angle = A(static_cast<const T*>(p.condition)[k]) * A(kHalfPi);
+    const A z = A(static_cast<const T*>(p.condition)[k]);
     A result = gradient[0];
     if (p.encoding == Encoding::kCosSin)
-      result = A(kHalfPi) * (gradient[size] * std::cos(angle) - gradient[0] * std::sin(angle));
+      result = A(kHalfPi) * (gradient[size] * quarter_cosine(z) - gradient[0] * quarter_sine(z));
     if (p.encoding == Encoding::kComplement) result = gradient[0] - gradient[size];
     static_cast<T*>(p.d_condition)[k] = T(result);
   });

@@ -9,6 +9,7 @@
 //          lane_groups()             how many groups partition() uses at once
 //   Lanes  for_each(n, f)            f(i) for vectors i of positions that cover n
 //          sum(n, f)                 sum of f(i) over them
+//          sums(n, totals, f)        several sums at once, totals[r] of f(r, i)
 //          load / store / stream     one vector, converted to the accumulator type; stream() will not be read soon
 //          once(f)                   f() by one of the lanes
 #pragma once
@@ -227,14 +228,22 @@ struct Lanes {
     for (; i < n; ++i) f(Positions<1>{i});
   }
 
+  template <int R, class F>
+  HF_INLINE void sums(int64_t n, A (&totals)[R], F f) const {
+    Vector<A, kWidth> vectors[R] = {};
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth)
+      for (int r = 0; r < R; ++r) vectors[r] += f(r, Positions<kWidth>{i});
+    for (int r = 0; r < R; ++r) totals[r] = add_up<A, kWidth>(vectors[r]);
+    for (; i < n; ++i)
+      for (int r = 0; r < R; ++r) totals[r] += f(r, Positions<1>{i});
+  }
+
   template <class F>
   HF_INLINE A sum(int64_t n, F f) const {
-    Vector<A, kWidth> total = {};
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) total += f(Positions<kWidth>{i});
-    A rest = 0;
-    for (; i < n; ++i) rest += f(Positions<1>{i});
-    return add_up<A, kWidth>(total) + rest;
+    A total[1];
+    sums(n, total, [&](int, auto i) { return f(i); });
+    return total[0];
   }
 
   template <class F>

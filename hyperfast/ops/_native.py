@@ -76,3 +76,8 @@ def stream(tensor: Tensor) -> tuple[int, int]:
     """Handle of torch's current CUDA stream on the tensor's device, and the device index."""
     index = tensor.device.index
     return torch.cuda.current_stream(index).cuda_stream, index
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count

@@ -19,6 +19,7 @@ def _always(*_: Any) -> None:
 
 
 _MODES = {name: code for code, name in enumerate(reference.MODES)}
+_CUDA_MOST_POSITIONS = 4096  # of one map; a block keeps its attention map per group of lanes
 _CACHE_BYTES = 1 << 24  # larger gradients are written past the caches
 
 
@@ -48,13 +49,35 @@ def _cpu_supports_backward(_grad: Tensor, student: Sequence[Tensor], *_: Any) ->
     return _cpu_supports(student, [])
 
 
+def _cuda_supports_backward(_grad: Tensor, student: Sequence[Tensor], *_: Any) -> str | None:
+    reason = _native.wrong_device(student[0], "cuda") or _native.missing_cuda() or _native_limits(student)
+    if reason is None and student[0].dtype == torch.float64:
+        reason = "the maps are torch.float64; the CUDA kernels sum in float32"
+    return reason
+
+
+def _cuda_supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> str | None:
+    positions = max(s.shape[2:].numel() for s in student)
+    if positions > _CUDA_MOST_POSITIONS:
+        return f"a map of {positions} positions; shared memory holds {_CUDA_MOST_POSITIONS}"
+    return _cuda_supports_backward(student[0], [*student, *teacher])
+
+
 def _batches(taps: int) -> list[slice]:
     """Runs of taps that one launch takes."""
     most = _native.module().max_taps
     return [slice(first, min(first + most, taps)) for first in range(0, taps, most)]
 
 
-def _cpu_forward(
+def _launch(name: str, params: Any, like: Tensor, *ticket: int) -> None:
+    """Call `name` of the native module for the device of `like`."""
+    if like.device.type == "cpu":
+        getattr(_native.module(), f"{name}_cpu")(params, _native.threads())
+    else:
+        getattr(_native.module(), f"{name}_cuda")(params, *ticket, *_native.stream(like))
+
+
+def _native_forward(
     student: Sequence[Tensor], teacher: Sequence[Tensor], p: int, mode: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     student, teacher = [_dense(s) for s in student], [_dense(t) for t in teacher]
@@ -77,14 +100,15 @@ def _cpu_forward(
                 teacher_channels=t.shape[1],
                 teacher_last=_is_channels_last(t),
             )
-        sample_losses = losses.new_empty(sum(s.shape[0] for s in student[run]))
-        params.set_forward(losses[run].data_ptr(), sample_losses.data_ptr(), coefficients[first:].data_ptr())
-        _native.module().attention_transfer_forward_cpu(params, _native.threads())
+        # One loss per sample, and the ticket of the CUDA launch behind them.
+        scratch = losses.new_empty(sum(s.shape[0] for s in student[run]) + 1)
+        params.set_forward(losses[run].data_ptr(), scratch.data_ptr(), coefficients[first:].data_ptr())
+        _launch("attention_transfer_forward", params, losses, scratch[-1:].data_ptr())
         first += coefficient_count(student[run])
     return losses, coefficients
 
 
-def _cpu_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, p: int) -> list[Tensor]:
+def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, p: int) -> list[Tensor]:
     grad, coefficients = grad.contiguous(), coefficients.contiguous()
     maps = [_dense(s) for s in student]
     gradients = [_native.empty_like(s) for s in maps]
@@ -100,9 +124,9 @@ def _cpu_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor,
                 student_last=_is_channels_last(s),
                 d_student=d.data_ptr(),
             )
-        bytes_written = sum(d.numel() * d.element_size() for d in gradients[run])
-        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), bytes_written > _CACHE_BYTES)
-        _native.module().attention_transfer_backward_cpu(params, _native.threads())
+        written = sum(d.numel() * d.element_size() for d in gradients[run])
+        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), written > _CACHE_BYTES)
+        _launch("attention_transfer_backward", params, grad)
         first += coefficient_count(maps[run])
     return [_strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
 
@@ -116,14 +140,16 @@ def _strided_as(gradient: Tensor, features: Tensor) -> Tensor:
 forward_implementations = Dispatcher(
     "attention_transfer",
     [
-        Implementation(Backend.CPU, _cpu_forward, _cpu_supports),
+        Implementation(Backend.CUDA, _native_forward, _cuda_supports),
+        Implementation(Backend.CPU, _native_forward, _cpu_supports),
         Implementation(Backend.REFERENCE, reference.attention_transfer_with_coefficients, _always),
     ],
 )
 backward_implementations = Dispatcher(
     "attention_transfer_backward",
     [
-        Implementation(Backend.CPU, _cpu_backward, _cpu_supports_backward),
+        Implementation(Backend.CUDA, _native_backward, _cuda_supports_backward),
+        Implementation(Backend.CPU, _native_backward, _cpu_supports_backward),
         Implementation(Backend.REFERENCE, reference.attention_transfer_backward, _always),
     ],
 )

@@ -143,9 +143,79 @@ def _cpu_backward(
     return outputs
 
 
+# A CUDA block keeps one condition row per batch entry, and dh of it per group of lanes, in shared memory.
+_CUDA_MOST_CONDITIONS = 8
+_CUDA_MOST_FEATURES = 512
+_CUDA_MOST_TRUNK = 1024
+_CUDA_BLOCKS_PER_PROCESSOR = 4
+
+
+def _cuda_supports_backward(
+    _grad: Tensor, condition: Tensor, trunk_weights: Sequence[Tensor], _biases: Sequence[Tensor], head: Tensor, *_: Any
+) -> str | None:
+    reason = _native.wrong_device(head, "cuda") or _native.missing_cuda()
+    if reason is None and head.dtype == torch.float64:
+        reason = "the weights are torch.float64; the CUDA kernels sum in float32"
+    if reason is None and condition.shape[0] > _CUDA_MOST_CONDITIONS:
+        reason = f"{condition.shape[0]} conditions; above {_CUDA_MOST_CONDITIONS} this is a matrix product"
+    trunk = sum(weight.shape[0] for weight in trunk_weights)
+    if reason is None and (head.shape[1] > _CUDA_MOST_FEATURES or trunk > _CUDA_MOST_TRUNK):
+        reason = (
+            f"{head.shape[1]} features and {trunk} hidden units; "
+            f"shared memory holds {_CUDA_MOST_FEATURES} and {_CUDA_MOST_TRUNK}"
+        )
+    return reason or _native_limits(condition, trunk_weights, head)
+
+
+def _cuda_supports(condition: Tensor, *arguments: Any) -> str | None:
+    return _cuda_supports_backward(condition, condition, *arguments)
+
+
+def _cuda_chunk(head: Tensor) -> int:
+    """One chunk per block of a grid that fills the device once: the trunk is computed once per block."""
+    return max(16, -(-head.shape[0] // (_native.processors(head) * _CUDA_BLOCKS_PER_PROCESSOR)))
+
+
+def _cuda_forward(
+    condition: Tensor,
+    trunk_weights: Sequence[Tensor],
+    trunk_biases: Sequence[Tensor],
+    head: Tensor,
+    theta0: Tensor,
+    *options: Any,
+) -> Tensor:
+    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
+    theta0 = theta0.contiguous()
+    theta = head.new_empty(condition.shape[0], head.shape[0])
+    params = _params(*inputs, *options, chunk=_cuda_chunk(head))
+    params.set_forward(theta0.data_ptr(), theta.data_ptr())
+    _native.module().generate_forward_cuda(params, *_native.stream(head))
+    return theta
+
+
+def _cuda_backward(
+    grad: Tensor,
+    condition: Tensor,
+    trunk_weights: Sequence[Tensor],
+    trunk_biases: Sequence[Tensor],
+    head: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.contiguous()
+    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
+    outputs = _backward_outputs(condition, trunk_weights, head)
+    params = _params(*inputs, *options, chunk=_cuda_chunk(head))
+    workspace = head.new_empty(params.workspace_size + 1, dtype=torch.float32)
+    params.set_backward(grad.data_ptr(), *(output.data_ptr() for output in outputs), workspace.data_ptr())
+    ticket = workspace[-1:].data_ptr()
+    _native.module().generate_backward_cuda(params, ticket, *_native.stream(head))
+    return outputs
+
+
 forward_implementations = Dispatcher(
     "generate",
     [
+        Implementation(Backend.CUDA, _cuda_forward, _cuda_supports),
         Implementation(Backend.CPU, _cpu_forward, _cpu_supports),
         Implementation(Backend.REFERENCE, reference.generate, _always),
     ],
@@ -153,6 +223,7 @@ forward_implementations = Dispatcher(
 backward_implementations = Dispatcher(
     "generate_backward",
     [
+        Implementation(Backend.CUDA, _cuda_backward, _cuda_supports_backward),
         Implementation(Backend.CPU, _cpu_backward, _cpu_supports_backward),
         Implementation(Backend.REFERENCE, reference.generate_backward, _always),
     ],
