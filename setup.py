@@ -15,16 +15,19 @@ version of torch.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 DEBUG = os.environ.get("HYPERFAST_DEBUG") == "1"
@@ -52,7 +55,10 @@ INSTRUCTION_SETS = (
     {
         "baseline": ["-msse2"],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+        "avx512": [
+            *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+            "-mprefer-vector-width=512",
+        ],
     }
     if platform.machine() in ("x86_64", "AMD64")
     else {"baseline": []}
@@ -94,54 +100,73 @@ def cxx_flags() -> list[str]:
 
 
 def nvcc_flags() -> list[str]:
-    flags = ["-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    flags += ["-O0", "-g"] if DEBUG else ["-O3"]
+    flags = ["-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *(["-O0", "-g"] if DEBUG else ["-O3"])]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
     return [*flags, f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
 
 
 NVCC = find_nvcc()
+BINDINGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))
 CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")) if NVCC else []
-HEADERS = sorted(str(path.relative_to(ROOT)) for suffix in ("h", "cuh") for path in ROOT.glob(f"csrc/**/*.{suffix}"))
+
+
+def native_objects() -> list[tuple[str, str, str, list[str]]]:
+    """Every object file of the module: its name, the rule that makes it, its source and the flags."""
+    defines = [f"-DHYPERFAST_WITH_CUDA={int(NVCC is not None)}", f"-DHYPERFAST_CUDA_ARCHS='\"{';'.join(CUDA_ARCHS)}\"'"]
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    objects = [(f"{Path(s).stem}.o", "cxx", s, [*cxx_flags(), *python, *defines]) for s in BINDINGS]
+    objects += [
+        (f"{Path(s).stem}.{isa}.o", "cxx", s, [*cxx_flags(), *machine, f"-DHYPERFAST_ISA={isa}"])
+        for s in CPU_SOURCES
+        for isa, machine in INSTRUCTION_SETS.items()
+    ]
+    return objects + [(f"{Path(s).stem}.cu.o", "nvcc", s, nvcc_flags()) for s in CUDA_SOURCES]
+
+
+def build_key() -> str:
+    """Names the configuration: objects of one never end up in a module of another."""
+    parts = [sys.version, os.environ.get("CXX", "c++"), str(NVCC), *cxx_flags(), *(nvcc_flags() if NVCC else [])]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
 
 
 class BuildNative(build_ext):
-    """Compiles what setuptools cannot (one source per instruction set, CUDA) with ninja, then lets it link."""
+    """Compiles with ninja what setuptools cannot (one source per instruction set, CUDA), then lets it link."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # setuptools reuses objects whatever the switches were; a folder per configuration keeps them apart.
-        key = "|".join([sys.version, str(NVCC), *CPU_SOURCES, *cxx_flags(), *(nvcc_flags() if NVCC else [])])
-        self.build_temp = str(Path(self.build_temp) / hashlib.sha256(key.encode()).hexdigest()[:12])
+        # setuptools reuses objects and even the linked module whatever the switches were; an editable install would
+        # build in a temporary folder every time. A folder per configuration in the tree does neither.
+        self.build_temp = str(ROOT / "build" / f"native-{build_key()}")
         self.force = True
 
     def build_extension(self, ext: Extension) -> None:
-        folder = Path(self.build_temp).resolve()
+        folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
-        rules = ["cxx", "nvcc"]
-        lines = [
-            f"rule {rule}\n  command = ${rule} $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
-            for rule in rules
-        ]
-        lines += [f"cxx = {os.environ.get('CXX', 'c++')}", f"nvcc = {NVCC}"]
-        for source in CPU_SOURCES:
-            for isa, machine in INSTRUCTION_SETS.items():
-                flags = " ".join([*cxx_flags(), *machine, f"-DHYPERFAST_ISA={isa}"])
-                lines.append(self._object(ext, folder, "cxx", source, f"{Path(source).stem}.{isa}.o", flags))
-        for source in CUDA_SOURCES:
-            lines.append(self._object(ext, folder, "nvcc", source, f"{Path(source).stem}.cu.o", " ".join(nvcc_flags())))
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        objects = native_objects()
+        (folder / "build.ninja").write_text(self._ninja_file(objects))
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(folder), *jobs])
+        try:
+            subprocess.check_call([*ninja, "-C", str(folder), *jobs])
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"the native module hyperfast._C was not built: {error}") from error
+        ext.sources = []
+        ext.extra_objects = [str(folder / name) for name, *_ in objects]
         super().build_extension(ext)
-        print(f"hyperfast._C: {', '.join(INSTRUCTION_SETS)}; CUDA {CUDA_ARCHS if NVCC else 'off'}")
+        print(f"hyperfast._C: {', '.join(INSTRUCTION_SETS)}; CUDA {';'.join(CUDA_ARCHS) if NVCC else 'off'}")
 
     @staticmethod
-    def _object(ext: Extension, folder: Path, rule: str, source: str, name: str, flags: str) -> str:
-        ext.extra_objects.append(str(folder / name))
-        return f"build {name}: {rule} {ROOT / source}\n  flags = {flags}\n"
+    def _ninja_file(objects: list[tuple[str, str, str, list[str]]]) -> str:
+        lines = [f"cxx = {os.environ.get('CXX', 'c++')}", f"nvcc = {NVCC}"]
+        for rule in ("cxx", "nvcc"):
+            lines += [f"rule {rule}", f"  command = ${rule} $flags -MD -MF $out.d -c $in -o $out"]
+            lines += ["  depfile = $out.d", "  deps = gcc", "  description = $out"]
+        for name, rule, source, flags in objects:
+            lines += [f"build {name}: {rule} {ROOT / source}", f"  flags = {' '.join(flags)}"]
+        return "\n".join(lines) + "\n"
 
 
 setup(
@@ -151,15 +176,11 @@ setup(
     ext_modules=[
         Extension(
             "hyperfast._C",
-            ["csrc/bindings.cpp", "csrc/host_memory.cpp"],
-            include_dirs=[pybind11.get_include()],
+            [*BINDINGS, *CPU_SOURCES, *CUDA_SOURCES],
             language="c++",
-            depends=[*HEADERS, *CPU_SOURCES, *CUDA_SOURCES],
-            extra_compile_args=cxx_flags(),
             extra_link_args=["-fopenmp", *([] if DEBUG else ["-s"])],
             library_dirs=cuda_libraries(NVCC) if NVCC else [],
             libraries=["cudart_static", "dl", "rt", "pthread"] if NVCC else [],
-            define_macros=[("HYPERFAST_WITH_CUDA", "1" if NVCC else "0"), ("HYPERFAST_CUDA_ARCHS", f'"{";".join(CUDA_ARCHS)}"')],
             optional=not REQUIRE_NATIVE,
         )
     ],

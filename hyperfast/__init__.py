@@ -1,9 +1,28 @@
-"""Fused hypernetworks and layer-wise distillation for PyTorch."""
+"""Fused hypernetworks and layer-wise distillation for PyTorch.
 
-from hyperfast import functional
+    student = hyperfast.hypernetize(model)
+    with hyperfast.taps(student, teacher, at="stages") as taps:
+        logits = student(x)
+        with torch.no_grad():
+            teacher(x)
+    loss = F.cross_entropy(logits, y) + 1000 * hyperfast.losses.AttentionTransfer()(taps.student, taps.teacher)
+"""
+
+from hyperfast import functional, losses
 from hyperfast.backends import Backend, BackendUnavailable, explain, use_backend
+from hyperfast.nn import Hypernetwork, hypernetize
+from hyperfast.surgery import taps
 from hyperfast.version import __version__
 
-
-
-__all__ = ["Backend", "BackendUnavailable", "__version__", "explain", "functional", "use_backend"]
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "Hypernetwork",
+    "__version__",
+    "explain",
+    "functional",
+    "hypernetize",
+    "losses",
+    "taps",
+    "use_backend",
+]

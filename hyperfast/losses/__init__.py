@@ -1,0 +1,7 @@
+"""Distillation losses as modules: over taps (`FeatureLoss`) and over logits."""
+
+from hyperfast.losses.attention_transfer import AttentionTransfer
+from hyperfast.losses.base import FeatureLoss
+from hyperfast.losses.logit_distillation import LogitDistillation
+
+__all__ = ["AttentionTransfer", "FeatureLoss", "LogitDistillation"]

@@ -1,0 +1,31 @@
+"""Layers: hypernetworks over any module."""
+
+from hyperfast.nn.conditions import (
+    Condition,
+    ConstantCondition,
+    ExternalCondition,
+    LearnedCondition,
+    PerLayerCondition,
+    StochasticCondition,
+)
+from hyperfast.nn.cost import CostReport, CostRow
+from hyperfast.nn.hypernetize import hypernetize
+from hyperfast.nn.hypernetwork import Hypernetwork, StepFactors
+from hyperfast.nn.initialization import initialize
+from hyperfast.nn.interop import load_hyperlight
+
+__all__ = [
+    "Condition",
+    "ConstantCondition",
+    "CostReport",
+    "CostRow",
+    "ExternalCondition",
+    "Hypernetwork",
+    "LearnedCondition",
+    "PerLayerCondition",
+    "StepFactors",
+    "StochasticCondition",
+    "hypernetize",
+    "initialize",
+    "load_hyperlight",
+]

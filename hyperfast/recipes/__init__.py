@@ -1,0 +1,36 @@
+"""Training procedures: supervised training, distillation, and the checkpoints that resume them."""
+
+from hyperfast.recipes.checkpoint import Checkpoint
+from hyperfast.recipes.config import TrainConfig
+from hyperfast.recipes.distill import METHODS, Distillation, DistillConfig, LossTerm, Method, distill
+from hyperfast.recipes.evaluation import Evaluation, evaluate
+from hyperfast.recipes.objective import CrossEntropy, Objective, StepLosses
+from hyperfast.recipes.result import EpochRecord, TrainResult
+from hyperfast.recipes.schedules import TapWeights, cosine_with_warmup
+from hyperfast.recipes.trainer import CHECKPOINT, Trainer
+from hyperfast.recipes.training import RunOptions, fit, train
+
+__all__ = [
+    "CHECKPOINT",
+    "METHODS",
+    "Checkpoint",
+    "CrossEntropy",
+    "DistillConfig",
+    "Distillation",
+    "EpochRecord",
+    "Evaluation",
+    "LossTerm",
+    "Method",
+    "Objective",
+    "RunOptions",
+    "StepLosses",
+    "TapWeights",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "cosine_with_warmup",
+    "distill",
+    "evaluate",
+    "fit",
+    "train",
+]

@@ -29,10 +29,10 @@ def attention_transfer_tap(student: Tensor, teacher: Tensor, p: int, mode: str, 
     """Loss of one pair of maps: `code`, `zoo` mean((u - v)^2); `paper` mean over the batch of ||u - v||."""
     difference = attention_map(student, p, mode, eps) - attention_map(teacher.detach(), p, mode, eps)
     if mode != "paper":
-        return difference.square().mean()
+        return difference.square().sum() / max(difference.numel(), 1)  # an empty batch has no loss
     squared = difference.square().sum(-1)
     apart = squared > 0
-    return (torch.where(apart, squared, 1).sqrt() * apart).mean()
+    return (torch.where(apart, squared, 1).sqrt() * apart).sum() / max(len(squared), 1)
 
 
 def attention_transfer(
@@ -72,7 +72,7 @@ def _coefficients(student: Tensor, teacher: Tensor, p: int, mode: str, eps: floa
         distance = difference.norm(dim=-1, keepdim=True)
         w = torch.where(distance > 0, difference / (distance * len(student)), 0)
     else:
-        w = 2 * difference / difference.numel()
+        w = 2 * difference / max(difference.numel(), 1)
     along = (u * w).sum(-1, keepdim=True)
     if mode == "zoo":
         along = along * divisor / norm

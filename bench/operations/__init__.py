@@ -1,0 +1,1 @@
+"""One file per measured operation, each with an `OPERATION`."""

@@ -1,0 +1,74 @@
+"""Attention transfer (arXiv 1612.03928)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hyperfast import functional
+from hyperfast.losses.base import FeatureLoss, Features, Weights, tap_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class AttentionTransfer(FeatureLoss):
+    r"""The student's spatial attention maps follow the teacher's: where, not what, the network looks at.
+
+    With :math:`Q = \sum_c |F_c|^p` over N positions and :math:`u = Q_s / \|Q_s\|_2`, :math:`v = Q_t / \|Q_t\|_2`:
+
+    .. math::
+        L_{code} = \frac{1}{BN} \sum_b \|u_b - v_b\|_2^2, \qquad
+        L_{paper} = \frac{1}{B} \sum_b \|u_b - v_b\|_2
+
+    Args:
+        p: power of |F|: 1, 2 or 3.
+        mode: `"code"`, `"paper"` or `"zoo"`, see `hyperfast.functional.attention_transfer`.
+        eps: lower bound of the norm; default 1e-12 (`zoo`: 1e-6, added to it).
+        weights: of the taps, see `FeatureLoss`; default 1 / L.
+
+    Shape:
+        Maps `[B, C, *spatial]`, float16 to float64; numbers of channels may differ, the larger spatial size is
+        average-pooled down. Result: a scalar, float32 (float64 for float64 maps).
+
+    Notes:
+        The method weight is left to the caller: 1000 is the authors' and everyone's for `"code"`, where they sum over
+        the taps; for their total with L taps use 1000 L, or `weights=[1.0] * L`. A tap of one position (1x1) has the
+        same attention map whatever it contains: it contributes nothing, and is warned of once.
+
+    Example:
+        >>> loss = F.cross_entropy(logits, labels) + 1000 * AttentionTransfer()(taps.student, taps.teacher)
+
+    Source: Zagoruyko and Komodakis, arXiv 1612.03928; paper and code differ (szagoruyko/attention-transfer #34).
+    """
+
+    def __init__(
+        self, p: int = 2, mode: str = "code", eps: float | None = None, weights: Weights | None = None
+    ) -> None:
+        super().__init__(weights)
+        self.p, self.mode, self.eps = p, mode, eps
+        self._warned: set[str] = set()
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        """The weighted sum of the taps' losses, a scalar."""
+        self._warn_of_single_positions(student)
+        return super().forward(student, teacher)
+
+    def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Losses `[L]` of all taps, in one launch."""
+        return functional.attention_transfer(student, teacher, p=self.p, mode=self.mode, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, mode={self.mode!r}"
+
+    def _warn_of_single_positions(self, student: Features) -> None:
+        maps = student.values() if isinstance(student, Mapping) else student
+        for name, features in zip(tap_names(student), maps, strict=True):
+            if features.shape[2:].numel() == 1 and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"tap {name!r} has maps of one position ({list(features.shape)}): they contribute nothing to "
+                    "attention transfer, leave the tap out",
+                    stacklevel=3,
+                )

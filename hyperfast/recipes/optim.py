@@ -1,0 +1,114 @@
+"""The optimiser, its parameter groups, and its state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from hyperfast.nn import Hypernetwork
+from hyperfast.recipes.config import TrainConfig
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def build_optimizer(modules: nn.Module, config: TrainConfig, rates: Mapping[str, float] | None = None) -> Optimizer:
+    """SGD or AdamW over every parameter of `modules` that wants a gradient.
+
+    Each group carries `base_lr`, which the schedule multiplies.
+
+    Args:
+        modules: what is trained.
+        config: settings.
+        rates: learning rates by parameter name, where they are known from a checkpoint (`base_lrs`).
+
+    Raises:
+        ValueError: there is nothing to train.
+    """
+    parameters = trainable(modules)
+    if not parameters:
+        raise ValueError(
+            "no parameter of the model wants a gradient: there is nothing to train. "
+            "Were all of them frozen with requires_grad_(False)?"
+        )
+    if rates is None:
+        rates = _base_lrs(modules, config)
+    undecayed = set() if config.decay_norm_and_bias else set(_norm_and_bias(modules))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = 0.0 if parameter in undecayed else config.weight_decay
+        groups.setdefault((rates[name], decay), []).append(parameter)
+    options = [{"params": p, "base_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    # Fused: one pass over weights, gradients and state, instead of one per arithmetic operation.
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
+    if config.optimizer == "adamw":
+        return AdamW(options, lr=config.lr, fused=fused)
+    return SGD(options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+
+
+def trainable(modules: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that want a gradient, by name; a shared one under its first name."""
+    return {name: parameter for name, parameter in modules.named_parameters() if parameter.requires_grad}
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """Set the learning rate of each group to `factor` times its `base_lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["base_lr"]
+
+
+def base_lrs(optimizer: Optimizer, modules: nn.Module) -> dict[str, float]:
+    """The `base_lr` of every parameter by name: a hypernetwork's depends on the weights it started from."""
+    names = {parameter: name for name, parameter in trainable(modules).items()}
+    return {names[p]: group["base_lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def optimizer_state(optimizer: Optimizer, modules: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as tensors called `<parameter>/<state>`."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in trainable(modules).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer_state(optimizer: Optimizer, modules: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Continue from `optimizer_state`; tensors get the device and memory layout of their parameter.
+
+    Raises:
+        ValueError: the state is of a parameter that is not here.
+    """
+    parameters = trainable(modules)
+    optimizer.state.clear()
+    for full_name, value in state.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in parameters:
+            raise ValueError(f"the checkpoint has optimizer state of {name!r}, which is no trainable parameter here")
+        parameter = parameters[name]
+        if value.shape == parameter.shape and key != "step":
+            restored = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:
+            # AdamW counts its steps on the device only if it is fused there.
+            restored = value.to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
+        optimizer.state[parameter][key] = restored.detach()
+
+
+def _base_lrs(modules: nn.Module, config: TrainConfig) -> dict[str, float]:
+    """`config.lr` for every parameter, but for hypernetworks what their step factors make of it."""
+    kind = "adam" if config.optimizer == "adamw" else "sgd"
+    slow: dict[nn.Parameter, float] = {}
+    for module in modules.modules() if config.step_factors else ():
+        if isinstance(module, Hypernetwork):
+            for group in module.parameter_groups(config.lr, optimizer=kind):
+                slow.update(dict.fromkeys(group["params"], group["lr"]))
+    return {name: slow.get(parameter, config.lr) for name, parameter in trainable(modules).items()}
+
+
+def _norm_and_bias(modules: nn.Module) -> Iterator[nn.Parameter]:
+    for module in modules.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, _NORMS) or name.endswith("bias"):
+                yield parameter

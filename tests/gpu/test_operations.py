@@ -1,0 +1,232 @@
+"""The operations on a GPU: every backend against float64 on the CPU, launches, graphs, repeatability, large heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hyperfast
+from hyperfast import functional
+
+BACKENDS = ("cuda", "triton")
+CASES = {
+    "shared": dict(batch=None, rows=1000, hidden=(16, 64, 128)),
+    "odd": dict(batch=None, rows=77, hidden=(5, 7)),
+    "narrow": dict(batch=None, rows=4097, hidden=(16, 16, 16)),
+    "no-trunk": dict(batch=None, rows=100, hidden=()),
+    "batch": dict(batch=5, rows=300, hidden=(16, 32)),
+    "segments": dict(batch=None, rows=300, hidden=(16, 64), offsets=(0, 1, 17, 256, 300)),
+    "batch-segments": dict(batch=3, rows=300, hidden=(16, 64), offsets=(0, 100, 300)),
+}
+
+
+def _generate_inputs(
+    rows: int, hidden: tuple[int, ...], batch: int | None, offsets: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    size = 3
+    shape = [*([] if batch is None else [batch]), *([len(offsets) - 1] if offsets else []), size]
+    widths = [2 * size, *hidden]
+    pairs = list(zip(widths, widths[1:], strict=False))
+    return {
+        "condition": torch.rand(shape, dtype=dtype),
+        "trunk_weights": [torch.randn(o, i, dtype=dtype) / i**0.5 for i, o in pairs],
+        "trunk_biases": [torch.randn(o, dtype=dtype) * 0.1 for _, o in pairs],
+        "head_weight": torch.randn(rows, widths[-1], dtype=dtype) * 0.1,
+        "theta0": torch.randn(rows, dtype=dtype),
+        "offsets": torch.tensor(offsets) if offsets else None,
+    }
+
+
+def _to(value: Any, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_to(x, device, dtype) for x in value]
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        return value.to(device)
+    return value.detach().to(device, dtype).requires_grad_()
+
+
+def _run_generate(inputs: dict[str, Any], grad: Tensor, **options: Any) -> list[Tensor]:
+    theta = functional.generate(**inputs, **options)
+    theta.backward(grad.to(theta))
+    leaves = [inputs["condition"], *inputs["trunk_weights"], *inputs["trunk_biases"], inputs["head_weight"], inputs["theta0"]]
+    return [theta.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    expected = expected.double()
+    return float((actual.cpu().double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generate_agrees_with_float64(backend: str, case: str, activation: str, dtype: torch.dtype) -> None:
+    inputs = _to(_generate_inputs(**CASES[case]), "cpu", dtype)
+    wide = _to(inputs, "cpu", torch.float64)
+    shape = functional.generate(**wide).shape
+    grad = torch.randn(shape).to(dtype)
+    with hyperfast.use_backend("reference"):
+        expected = _run_generate(wide, grad.double(), activation=activation)
+    with hyperfast.use_backend(backend):
+        actual = _run_generate(_to(inputs, "cuda", dtype), grad.cuda(), activation=activation)
+    bound = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.dtype == dtype
+        assert _relative_error(a, e) < bound, f"output {index}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generate_is_one_launch_each_way(backend: str) -> None:
+    inputs = _to(_generate_inputs(**CASES["shared"]), "cuda", torch.float32)
+    grad = torch.randn(1, 1000, device="cuda")
+    operation = torch.ops.hyperfast
+    arguments = (
+        inputs["condition"].detach()[None, None], [w.detach() for w in inputs["trunk_weights"]],
+        [b.detach() for b in inputs["trunk_biases"]], inputs["head_weight"].detach(),
+    )  # fmt: skip
+    options = (None, "cos|sin", "leaky_relu", 0.01)
+    with hyperfast.use_backend(backend):
+        forward = _kernels(lambda: operation.generate(*arguments, inputs["theta0"].detach(), *options))
+        backward = _kernels(lambda: operation.generate_backward(grad, *arguments, *options))
+    assert len(forward) == 1, forward
+    assert len(backward) == 1, backward
+
+
+def _kernels(function: Any) -> list[str]:
+    """Names of the kernels that `function` launches; memory operations are not kernels."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type.name == "CUDA" and not e.name.startswith("Mem")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generate_repeats_bit_for_bit(backend: str) -> None:
+    inputs = _to(_generate_inputs(rows=100_003, hidden=(16, 64), batch=None), "cuda", torch.float32)
+    grad = torch.randn(100_003, device="cuda")
+    with hyperfast.use_backend(backend):
+        first = [x.clone() for x in _run_generate(inputs, grad)]
+        for leaf in (inputs["condition"], *inputs["trunk_weights"], *inputs["trunk_biases"], inputs["head_weight"], inputs["theta0"]):
+            leaf.grad = None
+        second = _run_generate(inputs, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_of_more_than_2_to_the_31_weights(backend: str) -> None:
+    rows, hidden = 20_600_000, 128
+    if torch.cuda.mem_get_info()[0] < 3 * rows * hidden * 2:
+        pytest.skip("not enough GPU memory")
+    head = torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16)
+    head[-1] = 1
+    arguments = (
+        torch.full((1, 1, 64), 0.5, device="cuda", dtype=torch.bfloat16), [], [], head,
+        torch.zeros(rows, device="cuda", dtype=torch.bfloat16), None, "cos|sin", "relu", 0.0,
+    )  # fmt: skip
+    with hyperfast.use_backend(backend):
+        theta = torch.ops.hyperfast.generate(*arguments)
+    assert theta[0, 0] == 0
+    assert abs(float(theta[0, -1]) - 128 * 0.5**0.5) < 1
+
+
+MAPS = {
+    "resnet": [(4, 16, 32, 32), (4, 32, 16, 16), (4, 64, 8, 8)],
+    "odd": [(3, 5, 7, 9), (3, 130, 1, 1), (2, 3, 33)],
+}
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["code", "paper", "zoo"])
+@pytest.mark.parametrize("maps", MAPS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_transfer_agrees_with_float64(
+    backend: str, maps: str, mode: str, p: int, dtype: torch.dtype, memory_format: str
+) -> None:
+    def place(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+        x = x.to(device, dtype)
+        if memory_format == "channels_last" and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x.detach().requires_grad_()
+
+    drawn = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for shape in MAPS[maps]]
+    results = []
+    for name, device, kind in (("reference", "cpu", torch.float64), (backend, "cuda", dtype)):
+        student = [place(s, device, kind) for s, _ in drawn]
+        teacher = [place(t, device, kind).detach() for _, t in drawn]
+        with hyperfast.use_backend(name):
+            losses = functional.attention_transfer(student, teacher, p=p, mode=mode)
+            losses.sum().backward()
+        results.append([losses.detach(), *(s.grad for s in student)])
+    bound = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    expected, actual = results
+    assert _relative_error(actual[0], expected[0]) < 2e-5
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        if e.abs().max() < 1e-12:  # one position: nothing to learn
+            assert a.abs().max() < 1e-6
+        else:
+            assert _relative_error(a, e) < bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_transfer_is_one_launch_each_way(backend: str) -> None:
+    student = [torch.randn(shape, device="cuda") for shape in MAPS["resnet"]]
+    with hyperfast.use_backend(backend):
+        forward = _kernels(lambda: torch.ops.hyperfast.attention_transfer(student, student, 2, "code", 1e-12))
+        losses, coefficients = torch.ops.hyperfast.attention_transfer(student, student, 2, "code", 1e-12)
+        backward = _kernels(
+            lambda: torch.ops.hyperfast.attention_transfer_backward(losses, student, coefficients, 2)
+        )
+    assert len(forward) == 1, forward
+    assert len(backward) == 1, backward
+
+
+def test_a_whole_step_in_a_cuda_graph_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)).cuda()
+    student = hyperfast.hypernetize(model)
+    loss = hyperfast.losses.AttentionTransfer()
+    x = torch.randn(4, 3, 12, 12, device="cuda")
+    target = torch.randn(4, 8, 8, 8, device="cuda")
+
+    def step() -> None:
+        student.zero_grad(set_to_none=False)
+        loss([student(x)], [target]).backward()
+
+    step()
+    expected = [p.grad.clone() for p in student.parameters()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for parameter in student.parameters():
+        parameter.grad.fill_(7)
+    graph.replay()
+    torch.cuda.synchronize()
+    for parameter, gradient in zip(student.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_kernels_run_on_the_current_stream() -> None:
+    inputs = _to(_generate_inputs(rows=1_000_000, hidden=(16, 64), batch=None), "cuda", torch.float32)
+    expected = functional.generate(**inputs)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        actual = functional.generate(**inputs)
+    stream.synchronize()
+    assert torch.equal(actual, expected)

@@ -1,0 +1,81 @@
+"""Counts, names and shortcuts of the CIFAR ResNets."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hyperfast import models
+from hyperfast.models.resnet import ZeroPadShortcut
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tensors"),
+    [
+        ("resnet20", 278_324, 65),
+        ("resnet32", 472_756, 101),
+        ("resnet44", 667_188, 137),
+        ("resnet56", 861_620, 173),
+    ],
+)
+def test_the_zoo_s_counts_with_shortcut_b(name, parameters, tensors):
+    model = models.create(name, num_classes=100, shortcut="B")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert len(list(model.parameters())) == tensors
+
+
+def test_shortcut_a_has_no_parameters():
+    with_a, with_b = (models.create("resnet20", shortcut=shortcut).state_dict() for shortcut in "AB")
+    only_b = {name for name in with_b if name.split(".")[2:3] == ["downsample"]}
+    assert with_b.keys() - with_a.keys() == only_b
+    assert {name.rpartition(".downsample.")[0] for name in only_b} == {"layer2.0", "layer3.0"}
+    assert with_a.keys() < with_b.keys()
+
+
+def test_shortcut_a_subsamples_and_pads_channels_with_zeros_on_both_sides():
+    x = torch.randn(2, 4, 6, 6)
+    y = ZeroPadShortcut(4, 8, 2)(x)
+    assert torch.equal(y[:, 2:6], x[:, :, ::2, ::2])
+    assert not y[:, :2].any()
+    assert not y[:, 6:].any()
+
+
+def test_a_block_is_what_it_says():
+    block = models.resnet8(width=4, shortcut="B").eval().layer2[0]
+    x = torch.randn(2, 4, 8, 8)
+    inner = F.relu(block.bn1(block.conv1(x)))
+    expected = F.relu(block.bn2(block.conv2(inner)) + block.downsample(x))
+    assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_stage_shapes(shortcut):
+    model = models.create("resnet20", num_classes=7, shortcut=shortcut).eval()
+    shapes = []
+    for stage in (model.layer1, model.layer2, model.layer3):
+        stage.register_forward_hook(lambda module, inputs, output: shapes.append(list(output.shape)))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert shapes == [[2, 16, 32, 32], [2, 32, 16, 16], [2, 64, 8, 8]]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "vgg11_bn"])
+def test_every_activation_is_one_call_of_one_module_and_not_in_place(name):
+    model = models.create(name, width=4).eval()
+    calls = []
+    activations = [module for module in model.modules() if isinstance(module, nn.ReLU)]
+    for module in activations:
+        module.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0] is output)))
+    model(torch.randn(1, 3, 32, 32))
+    assert [module for module, _ in calls] == activations
+    assert not any(in_place for _, in_place in calls)
+
+
+def test_resnet8_takes_digits():
+    model = models.create("resnet8", in_channels=1)
+    assert model(torch.randn(5, 1, 8, 8)).shape == (5, 10)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 20_000
+
+
+def test_an_unknown_shortcut_is_named():
+    with pytest.raises(ValueError, match="shortcut is 'C'; choose 'A' or 'B'"):
+        models.resnet20(shortcut="C")
