@@ -16,9 +16,12 @@ SHELL := /bin/bash
 
 ifeq ($(VENV),0)
 RUN := $(PYTHON)
+PYTEST := $(RUN) -m pytest
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 RUN := $(VENV)/bin/python
+# Not `python -m pytest`: it would put kernels/ on the path under the name of another package.
+PYTEST := $(VENV)/bin/pytest
 endif
 
 .DEFAULT_GOAL := help
@@ -37,10 +40,10 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-%: $(INPUTS) | $(VENV)/bin/pip
+	$(RUN) -m pip install -q -c constraints.txt 'setuptools>=77' wheel pybind11 ninja
 	@$(RUN) -c 'import torch' 2>/dev/null \
 	  || $(RUN) -m pip install -q --no-deps --retries 0 --index-url $(TORCH_INDEX) -c constraints.txt torch \
 	  || echo "no torch at $(TORCH_INDEX); taking the one of the default index"
-	$(RUN) -m pip install -q -c constraints.txt 'setuptools>=77' wheel pybind11 ninja
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
 	@touch $@
 
@@ -54,8 +57,8 @@ build build-demo:  ## compile hyperfast._C in place, in an environment with ever
 	@log=$$(mktemp); $(RUN) setup.py -q build_ext --inplace >$$log 2>&1 || { cat $$log; exit 1; }; tail -n 1 $$log; rm -f $$log
 
 test: build  ## run the tests: operations, packaging, ahead-of-time kernels, nvcc; then Triton's interpreter
-	$(RUN) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter $(ARGS)
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter $(ARGS)
 
 demo: build-demo  ## train on digits, print the table and write runs/demo/report.html
 	$(RUN) -m hyperfast.recipes.demo $(ARGS)

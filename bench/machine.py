@@ -91,16 +91,21 @@ def measure_ceilings(device: torch.device, repeats: int = 10, scale: float = 1.0
         scale: of the sizes; 1 is 512 MiB (GPU: 2 GiB) a copy and n = 2048 (GPU: 8192) a product.
     """
     gpu = device.type == "cuda"
-    elements = max(1, int((2**29 if gpu else 2**27) * scale))
+    copy = int((2**29 if gpu else 2**27) * scale)
+    matmul = int((8192 if gpu else 2048) * scale**0.5)
+    return Ceilings(_copy_gbps(max(1, copy), device, repeats), _matmul_gflops(max(8, matmul), device, repeats))
+
+
+def _copy_gbps(elements: int, device: torch.device, repeats: int) -> float:
     source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
-    copy = _best(lambda: target.copy_(source), device, repeats)
-    del source, target
-    n = max(8, int((8192 if gpu else 2048) * scale**0.5))
+    return 8 * elements / _best(lambda: target.copy_(source), device, repeats) / 1e9
+
+
+def _matmul_gflops(n: int, device: torch.device, repeats: int) -> float:
     a, b = torch.rand(n, n, device=device), torch.rand(n, n, device=device)
     product = torch.empty_like(a)
-    matmul = _best(lambda: torch.mm(a, b, out=product), device, repeats)
-    return Ceilings(8 * elements / copy / 1e9, 2 * n**3 / matmul / 1e9)
+    return 2 * n**3 / _best(lambda: torch.mm(a, b, out=product), device, repeats) / 1e9
 
 
 def _best(function: Callable[[], object], device: torch.device, repeats: int) -> float:

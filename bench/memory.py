@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from registry import Operation, Work, operation
 
 MIB = 2**20

@@ -11,12 +11,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import hyperfast
+
+_Named = TypeVar("_Named", "Case", "Provider")
 
 NAMES = ("generate", "attention_transfer", "training_step")
 
@@ -85,6 +87,7 @@ class Operation:
             0 where that says nothing about the time.
         flops: options -> floating-point operations.
         tests: the operation's own pytest file; without it green no ratio is printed.
+        gpu_tests: which tests of the GPU suite stand for it there, as an expression for `pytest -k`.
         tolerance: largest error of a result, ||x - truth|| / ||truth||, that is measured at all.
     """
 
@@ -97,6 +100,7 @@ class Operation:
     traffic: Callable[[Mapping[str, Any]], int]
     flops: Callable[[Mapping[str, Any]], int]
     tests: str
+    gpu_tests: str
     tolerance: float
 
     def case(self, name: str) -> Case:
@@ -108,7 +112,7 @@ class Operation:
         return _named(self.providers, name, f"provider of {self.name}")
 
 
-def _named(items: Sequence[Any], name: str, what: str) -> Any:
+def _named(items: Sequence[_Named], name: str, what: str) -> _Named:
     for item in items:
         if item.name == name:
             return item
@@ -135,8 +139,7 @@ def needs(package: str) -> Callable[[torch.device], str | None]:
 
 def prepare_compiler() -> None:
     """Import what torch.compile imports on its first call."""
-    import torch._dynamo
-    import torch._inductor.compile_fx
+    importlib.import_module("torch._inductor.compile_fx")
 
 
 def hyperfast_providers(build: Callable[[Any], Work]) -> list[Provider]:

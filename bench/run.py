@@ -3,7 +3,7 @@
     python bench/run.py                                    everything, into bench/results
     python bench/run.py --op generate --repeats 50
     python bench/run.py --quick                            small sizes, nothing written: does everything run?
-    python bench/run.py --device cuda --graph              CUDA graph replays
+    python bench/run.py --device cuda --graph              CUDA graph replays as well
 
 Every provider is compared with a float64 reference on the inputs that are timed, and left out where it is wrong.
 Ratios are printed only where the operation's own tests are green.
@@ -18,15 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import memory
 import store
 import timing
-from hyperfast import BackendUnavailable
+import torch
 from machine import Ceilings, environment, measure_ceilings
 from registry import NAMES, Case, Operation, Provider, Work, operation
 from verify import largest_error, run_tests
+
+from hyperfast import BackendUnavailable
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="rounds; default 30, with --quick 5")
     parser.add_argument("--seconds", type=float, default=120.0, help="longest time for the rounds of one case")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
-    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs as well")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--no-verify", action="store_true", help="do not run the tests; then no ratio is printed")
     parser.add_argument("--kernels", action="store_true", help="with --device cuda: list the kernels of a step")
@@ -102,50 +102,60 @@ def measure(op: Operation, case: Case, settings: Settings, ceilings: Ceilings) -
     works, errors, right = _checked(op, chosen_providers(op, settings), sets)
     if not works:
         return [], right
+    rounds = (settings.repeats, 3, settings.seconds)
     kernels = {
         name: len(timing.kernels_launched(work[0].step)) for name, work in works.items() if device.type == "cuda"
     }
-    steps: dict[str, list[timing.Step]] = {}
-    for name, work in works.items():
-        try:
-            steps[name] = [timing.captured(w.step) if settings.graph else w.step for w in work]
-        except RuntimeError as error:
-            torch.cuda.synchronize(device)
-            print(f"  {name} is left out: it cannot be captured in a CUDA graph ({str(error).splitlines()[0]})")
-    times = timing.interleaved(steps, device, settings.repeats, seconds=settings.seconds)
-    del steps, works
-    used = _memory(op, case, list(times), sets[0], settings)
+    times = {"eager": timing.interleaved({n: [w.step for w in work] for n, work in works.items()}, device, *rounds)}
+    if settings.graph:
+        times["graph"] = timing.interleaved(_captured(works), device, *rounds)
+    names = list(works)
+    del works
+    used = _memory(op, case, names, sets[0], settings)
     del sets
     gc.collect()
     rows = []
-    for name, found in times.items():
-        gbps = traffic / found.median / 1e6
-        rows.append(
-            {
-                "op": op.name,
-                "case": case.name,
-                "provider": name,
-                "device": device.type,
-                "mode": "graph" if settings.graph else "eager",
-                "median_ms": f"{found.median:.4g}",
-                "p20_ms": f"{found.p20:.4g}",
-                "p80_ms": f"{found.p80:.4g}",
-                "repeats": str(found.repeats),
-                "state_mib": f"{used[name].state:.0f}" if name in used else "",
-                "peak_mib": f"{used[name].peak:.0f}" if name in used else "",
-                "bytes": str(traffic),
-                "flops": str(flops),
-                "gbps": f"{gbps:.4g}" if traffic else "",
-                "percent_copy": f"{100 * gbps / ceilings.copy_gbps:.1f}" if traffic else "",
-                "percent_matmul": f"{100 * flops / found.median / 1e6 / ceilings.matmul_gflops:.1f}",
-                "copy_gbps": f"{ceilings.copy_gbps:.4g}",
-                "matmul_gflops": f"{ceilings.matmul_gflops:.4g}",
-                "kernels": str(kernels.get(name, "")),
-                "error": f"{errors[name]:.1e}",
-                "verified": "yes" if settings.verified else "no",
-            }
-        )
+    for mode, by_provider in times.items():
+        for name, found in by_provider.items():
+            eager = used.get(name) if mode == "eager" else None
+            gbps = traffic / found.median / 1e6
+            rows.append(
+                {
+                    "op": op.name,
+                    "case": case.name,
+                    "provider": name,
+                    "device": device.type,
+                    "mode": mode,
+                    "median_ms": f"{found.median:.4g}",
+                    "p20_ms": f"{found.p20:.4g}",
+                    "p80_ms": f"{found.p80:.4g}",
+                    "repeats": str(found.repeats),
+                    "state_mib": f"{eager.state:.0f}" if eager else "",
+                    "peak_mib": f"{eager.peak:.0f}" if eager else "",
+                    "bytes": str(traffic),
+                    "flops": str(flops),
+                    "gbps": f"{gbps:.4g}" if traffic else "",
+                    "percent_copy": f"{100 * gbps / ceilings.copy_gbps:.1f}" if traffic else "",
+                    "percent_matmul": f"{100 * flops / found.median / 1e6 / ceilings.matmul_gflops:.1f}",
+                    "copy_gbps": f"{ceilings.copy_gbps:.4g}",
+                    "matmul_gflops": f"{ceilings.matmul_gflops:.4g}",
+                    "kernels": str(kernels.get(name, "")),
+                    "error": f"{errors[name]:.1e}",
+                    "verified": "yes" if settings.verified else "no",
+                }
+            )
     return rows, right
+
+
+def _captured(works: Mapping[str, Sequence[Work]]) -> dict[str, list[timing.Step]]:
+    """Replays of CUDA graphs of the steps; providers that wait for the device cannot be captured and are named."""
+    steps: dict[str, list[timing.Step]] = {}
+    for name, work in works.items():
+        try:
+            steps[name] = [timing.captured(w.step) for w in work]
+        except RuntimeError as error:
+            print(f"  {name} is left out: it cannot be captured in a CUDA graph ({str(error).splitlines()[0]})")
+    return steps
 
 
 def _checked(
@@ -198,7 +208,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
             "" if ratio is None else f"{ratio:.2f}",
             *(row[name] for name in ("gbps", "percent_copy", "state_mib", "peak_mib", "kernels", "error")),
         )
-        lines.append(f"  {row['provider']:<28}" + "".join(f"{cell or '-':>10}" for cell in cells))
+        name = row["provider"] + (" (graph)" if row["mode"] == "graph" else "")
+        lines.append(f"  {name:<28}" + "".join(f"{cell or '-':>10}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -245,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         op = operation(name)
         verified = False
         if not (options.no_verify or looking):
-            verdict = run_tests(op)
+            verdict = run_tests(op, device)
             verified = verdict.green
             good &= verdict.green
             print(f"\n{name}: tests {'green' if verified else 'RED, no ratios'}: {verdict.summary}")

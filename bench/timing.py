@@ -127,5 +127,5 @@ def profile_table(step: Step, device: torch.device, rows: int = 15) -> str:
         if gpu:
             torch.cuda.synchronize(device)
     averages = trace.key_averages()
-    table: str = averages.table(sort_by="self_cuda_time_total" if gpu else "self_cpu_time_total", row_limit=rows)
+    table: str = averages.table(sort_by="self_device_time_total" if gpu else "self_cpu_time_total", row_limit=rows)
     return table

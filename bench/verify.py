@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from machine import ROOT
 from registry import NAMES, Operation, operation
+from torch import Tensor
 
 _CHUNK = 1 << 24
 
@@ -32,16 +31,17 @@ class Verdict:
     summary: str
 
 
-def run_tests(op: Operation, timeout: float = 600.0) -> Verdict:
-    """Run the operation's pytest file, unmodified, in a process of its own."""
+def run_tests(op: Operation, device: torch.device, timeout: float = 600.0) -> Verdict:
+    """Run the operation's tests, unmodified, in a process of its own: its pytest file, or its part of the GPU suite."""
     if not (ROOT / op.tests).exists():
         return Verdict(False, f"{op.tests} does not exist")
+    selected = [op.tests] if device.type != "cuda" else ["tests", "-m", "gpu", "-k", op.gpu_tests]
     environment = {name: value for name, value in os.environ.items() if name != "HYPERFAST_BACKEND"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", op.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return Verdict(False, f"{op.tests} ran longer than {timeout:.0f} s")
+        return Verdict(False, f"{' '.join(selected)} ran longer than {timeout:.0f} s")
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     return Verdict(done.returncode == 0, lines[-1].strip("= ") if lines else done.stderr.strip()[-300:])
 
@@ -71,7 +71,9 @@ def main() -> int:
     """Run the tests of the chosen operations; the exit status says whether all are green."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", action="append", choices=NAMES, help="may be repeated; default: all")
-    verdicts = {name: run_tests(operation(name)) for name in parser.parse_args().op or NAMES}
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    verdicts = {name: run_tests(operation(name), torch.device(options.device)) for name in options.op or NAMES}
     for name, verdict in verdicts.items():
         print(f"{name}: {'green' if verdict.green else 'RED'}: {verdict.summary}")
     return 0 if all(verdict.green for verdict in verdicts.values()) else 1

@@ -7,6 +7,7 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +113,9 @@ def generate(
         activation,
         negative_slope,
     )
-    if current_backend() is Backend.REFERENCE:  # not opaque, so that a compiler may fuse it
-        theta = reference.generate(*arguments)
-    else:
-        theta = _generate.generate(*arguments)
+    # The reference is not opaque, so that a compiler may fuse it.
+    run = reference.generate if current_backend() is Backend.REFERENCE else _generate.generate
+    theta: Tensor = run(*arguments)
     batched = condition.ndim == (2 if offsets is None else 3)
     return theta if batched else theta[0]
 
@@ -193,8 +193,9 @@ def attention_transfer(
     students, teachers = [s for s, _ in pairs], [t for _, t in pairs]
     if current_backend() is Backend.REFERENCE:
         dtype = torch.float64 if any(s.dtype == torch.float64 for s in students) else torch.float32
-        return reference.attention_transfer([s.to(dtype) for s in students], [t.to(dtype) for t in teachers], p, mode, eps)
-    losses, _ = _attention_transfer.attention_transfer(students, teachers, p, mode, eps)
+        wide = ([s.to(dtype) for s in students], [t.to(dtype) for t in teachers])
+        return reference.attention_transfer(*wide, p, mode, eps)
+    losses: Tensor = _attention_transfer.attention_transfer(students, teachers, p, mode, eps)[0]
     return losses
 
 
@@ -215,10 +216,16 @@ def _matched_maps(index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor,
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     if student.ndim != teacher.ndim or student.ndim > 5:
-        raise ValueError(f"tap {index}: maps {list(student.shape)} and {list(teacher.shape)} cannot be matched by pooling")
-    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[student.ndim - 3]
+        raise ValueError(
+            f"tap {index}: maps {list(student.shape)} and {list(teacher.shape)} cannot be matched by pooling"
+        )
     size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    return (
-        student if list(student.shape[2:]) == size else pool(student, size),
-        teacher if list(teacher.shape[2:]) == size else pool(teacher, size),
-    )
+    return _pooled(student, size), _pooled(teacher, size)
+
+
+def _pooled(features: Tensor, size: list[int]) -> Tensor:
+    if list(features.shape[2:]) == size:
+        return features
+    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
+    pooled: Tensor = pool(features, size)
+    return pooled

@@ -78,14 +78,14 @@ class Configuration:
         label: what makes it different from the others.
         kernel: the `@triton.jit` function.
         signature: Triton's type of each argument, `"constexpr"` for the constants; a tuple for a tuple argument.
-        constants: the compile-time arguments.
+        constants: the compile-time arguments by name, elements of a tuple argument by (argument, element) index.
         options: `num_warps`, `num_stages`.
     """
 
     label: str
     kernel: Any
     signature: dict[str, Any]
-    constants: dict[str, Any]
+    constants: dict[Any, Any]
     options: dict[str, int]
 
 
@@ -124,7 +124,8 @@ class GenerateConfig:
     @property
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
-        return {"num_warps": NUM_WARPS, "num_stages": 2, "maxnreg": self.registers}
+        # Only loads that feed a matrix product are pipelined; elsewhere a second stage would just take registers.
+        return {"num_warps": NUM_WARPS, "num_stages": 2 if self.dot else 1, "maxnreg": self.registers}
 
 
 # Elements of a head tile, by conditions per tile. 4096 are 16 KiB in flight per program; with two programs per
@@ -144,7 +145,7 @@ def generate_config(
         columns = next_power_of_2(width)
         tile_batch = next(size for size in _TILE_ELEMENTS if size >= batch)
         rows = max(1, min(512, _TILE_ELEMENTS[tile_batch] // columns))
-        return GenerateConfig(False, tile_batch, rows, columns, trunk_rows, 128)
+        return GenerateConfig(False, tile_batch, rows, columns, trunk_rows, 128 if tile_batch < 16 else 255)
     tile_batch = 16 if batch <= 16 or (backward and not half) else 32
     columns = max(DOT_MINIMUM, min(64 if half else 32 if backward else 16, next_power_of_2(width)))
     # A float32 product without tensor cores holds whole rows of its operands in registers: its inner side stays short.

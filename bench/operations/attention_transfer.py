@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peers import repdistiller
+from registry import Case, Operation, Provider, Work, drawing, hyperfast_providers, prepare_compiler
 from torch import Tensor
 
 from hyperfast import functional, reference
-from peers import repdistiller
-from registry import Case, Operation, Provider, Work, drawing, hyperfast_providers, prepare_compiler
 
 
 @dataclass(frozen=True)
@@ -91,5 +91,6 @@ OPERATION = Operation(
     # Squares and channel sums of both maps, then the student's map times its coefficient.
     flops=lambda options: 5 * _elements(options),
     tests="tests/ops/test_attention_transfer.py",
+    gpu_tests="attention_transfer",
     tolerance=1e-5,
 )

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peers import hyperlight_adapter
+from registry import Case, Operation, Provider, Work, drawing, hyperfast_providers, needs, prepare_compiler
 from torch import Tensor
 
 from hyperfast import functional, reference
 from operations import shapes
-from peers import hyperlight_adapter
-from registry import Case, Operation, Provider, Work, drawing, hyperfast_providers, needs, prepare_compiler
 
 _STYLE = ("cos|sin", "leaky_relu", 0.01)
 
@@ -135,11 +135,13 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
 
 def _traffic(options: Mapping[str, Any]) -> int:
     """Head: read forward, read and its gradient written backward. Vectors [P]: theta0, theta, g and d theta0."""
-    return 4 * _size(options["shapes"]) * (3 * options["widths"][-1] + 4)
+    width: int = options["widths"][-1]
+    return 4 * _size(options["shapes"]) * (3 * width + 4)
 
 
 def _flops(options: Mapping[str, Any]) -> int:
-    return 6 * _size(options["shapes"]) * options["widths"][-1]
+    width: int = options["widths"][-1]
+    return 6 * _size(options["shapes"]) * width
 
 
 OPERATION = Operation(
@@ -163,5 +165,6 @@ OPERATION = Operation(
     traffic=_traffic,
     flops=_flops,
     tests="tests/ops/test_generate.py",
+    gpu_tests="generate",
     tolerance=5e-4,  # a sum of ten million products in float32: PyTorch itself is off by 1e-4
 )

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import hyperlight_adapter, repdistiller
+from registry import Case, Operation, Provider, Work, drawing, hyperfast_providers, needs, on_backend
 from torch import Tensor, nn
 
 import hyperfast
 from hyperfast import models
-from peers import hyperlight_adapter, repdistiller
-from registry import Case, Operation, Provider, Work, drawing, hyperfast_providers, needs, on_backend
 
 _BETA = 1000.0
 _STAGES = ("layer1", "layer2", "layer3")
@@ -201,5 +201,6 @@ OPERATION = Operation(
     traffic=lambda _options: 0,  # convolutions dominate: a count of bytes would say nothing
     flops=_flops,
     tests="tests/nn/test_hypernetwork.py",
+    gpu_tests="generate or attention_transfer",
     tolerance=1e-2,  # float32 through a network of ReLUs: one that flips changes its gradient
 )

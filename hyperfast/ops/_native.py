@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_C: Any = None
+_missing: str | None = None
 try:
     from hyperfast import _C
 except ImportError as error:  # a pure Python install
-    _C = None  # type: ignore[assignment]
     _missing = f"the native module was not built ({error})"
-else:
-    _missing = ""
 
 # As enum DType in csrc/include/hyperfast/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -24,14 +23,14 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 _POOLED_BYTES = 1 << 20
 
 
-def module() -> ModuleType:
-    """`hyperfast._C`; call only where `missing()` or `missing_cuda()` is None."""
+def module() -> Any:
+    """`hyperfast._C`; call only where `missing()` is None."""
     return _C
 
 
 def missing() -> str | None:
     """Why there is no native code, or None."""
-    return _missing or None
+    return _missing
 
 
 def missing_cuda() -> str | None:
@@ -46,6 +45,11 @@ def wrong_device(tensor: Tensor, device: str) -> str | None:
     return None if tensor.device.type == device else f"the tensors are on {tensor.device.type}"
 
 
+def _poisons_uninitialised() -> bool:
+    fill: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return fill and torch.are_deterministic_algorithms_enabled()
+
+
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Like `like.new_empty(shape, dtype=dtype)`, from the pool of host blocks where the tensor is large."""
     dtype = dtype or like.dtype
@@ -53,7 +57,7 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     if like.device.type != "cpu" or _C is None or count * dtype.itemsize < _POOLED_BYTES:
         return like.new_empty(shape, dtype=dtype)
     tensor = torch.frombuffer(_C.HostBuffer(count * dtype.itemsize), dtype=dtype).view(*shape)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if _poisons_uninitialised():
         tensor.fill_(math.nan)  # what torch.empty does, so that forgotten elements show in tests
     return tensor
 
@@ -67,15 +71,16 @@ def empty_like(tensor: Tensor) -> Tensor:
     return dense.permute([order.index(d) for d in range(tensor.ndim)])
 
 
-def threads() -> int:
-    """Threads of a CPU kernel: torch's own setting."""
-    return torch.get_num_threads()
+def launch(name: str, params: Any, like: Tensor, *ticket: int) -> None:
+    """Call `name` of the native module for the device of `like`: on torch's threads, or on its current stream.
 
-
-def stream(tensor: Tensor) -> tuple[int, int]:
-    """Handle of torch's current CUDA stream on the tensor's device, and the device index."""
-    index = tensor.device.index
-    return torch.cuda.current_stream(index).cuda_stream, index
+    `ticket`: address of the 4 bytes by which the blocks of a CUDA launch count themselves.
+    """
+    if like.device.type == "cpu":
+        getattr(_C, f"{name}_cpu")(params, torch.get_num_threads())
+    else:
+        index = like.device.index
+        getattr(_C, f"{name}_cuda")(params, *ticket, torch.cuda.current_stream(index).cuda_stream, index)
 
 
 def processors(tensor: Tensor) -> int:

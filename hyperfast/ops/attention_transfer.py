@@ -69,14 +69,6 @@ def _batches(taps: int) -> list[slice]:
     return [slice(first, min(first + most, taps)) for first in range(0, taps, most)]
 
 
-def _launch(name: str, params: Any, like: Tensor, *ticket: int) -> None:
-    """Call `name` of the native module for the device of `like`."""
-    if like.device.type == "cpu":
-        getattr(_native.module(), f"{name}_cpu")(params, _native.threads())
-    else:
-        getattr(_native.module(), f"{name}_cuda")(params, *ticket, *_native.stream(like))
-
-
 def _native_forward(
     student: Sequence[Tensor], teacher: Sequence[Tensor], p: int, mode: str, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +95,7 @@ def _native_forward(
         # One loss per sample, and the ticket of the CUDA launch behind them.
         scratch = losses.new_empty(sum(s.shape[0] for s in student[run]) + 1)
         params.set_forward(losses[run].data_ptr(), scratch.data_ptr(), coefficients[first:].data_ptr())
-        _launch("attention_transfer_forward", params, losses, scratch[-1:].data_ptr())
+        _native.launch("attention_transfer_forward", params, losses, scratch[-1:].data_ptr())
         first += coefficient_count(student[run])
     return losses, coefficients
 
@@ -126,7 +118,7 @@ def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tens
             )
         written = sum(d.numel() * d.element_size() for d in gradients[run])
         params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), written > _CACHE_BYTES)
-        _launch("attention_transfer_backward", params, grad)
+        _native.launch("attention_transfer_backward", params, grad)
         first += coefficient_count(maps[run])
     return [_strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
 

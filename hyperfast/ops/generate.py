@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
 from hyperfast.ops import _native
-from hyperfast.ops._library import differentiate, register
+from hyperfast.ops._library import accumulator_dtype, differentiate, register
 
 _ARGUMENTS = (
     "Tensor condition, Tensor[] trunk_weights, Tensor[] trunk_biases, Tensor head, {}Tensor? offsets, "
@@ -25,51 +25,13 @@ def _always(*_: Any) -> None:
 
 _ENCODINGS = {name: code for code, name in enumerate(reference.ENCODINGS)}
 _ACTIVATIONS = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
-_CHUNK_BYTES = 1 << 21  # of the head per work item on the CPU: many items per thread, few partial sums
 
-
-def _params(
-    condition: Tensor,
-    trunk_weights: Sequence[Tensor],
-    trunk_biases: Sequence[Tensor],
-    head: Tensor,
-    offsets: Tensor | None,
-    encoding: str,
-    activation: str,
-    negative_slope: float,
-    chunk: int,
-) -> Any:
-    batch, segments, size = condition.shape
-    rows, hidden = head.shape
-    return _native.module().GenerateParams(
-        dtype=_native.DTYPES[head.dtype],
-        encoding=_ENCODINGS[encoding],
-        activation=_ACTIVATIONS[activation],
-        negative_slope=negative_slope,
-        batch=batch,
-        segments=segments,
-        condition_size=size,
-        rows=rows,
-        hidden=hidden,
-        widths=[weight.shape[0] for weight in trunk_weights],
-        weights=[weight.data_ptr() for weight in trunk_weights],
-        biases=[bias.data_ptr() for bias in trunk_biases],
-        condition=condition.data_ptr(),
-        head=head.data_ptr(),
-        offsets=0 if offsets is None else offsets.data_ptr(),
-        chunk=chunk,
-    )
-
-
-def _contiguous(
-    condition: Tensor, trunk_weights: Sequence[Tensor], trunk_biases: Sequence[Tensor], head: Tensor
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    return (
-        condition.contiguous(),
-        [weight.contiguous() for weight in trunk_weights],
-        [bias.contiguous() for bias in trunk_biases],
-        head.contiguous(),
-    )
+_CPU_CHUNK_BYTES = 1 << 21  # of the head per work item: many items per thread, few partial sums
+_CUDA_BLOCKS_PER_PROCESSOR = 4
+# A CUDA block keeps the trunk of every condition, and a share of dh per group of lanes, in shared memory.
+_CUDA_MOST_CONDITIONS = 8
+_CUDA_MOST_FEATURES = 512
+_CUDA_MOST_TRUNK = 1024
 
 
 def _native_limits(condition: Tensor, trunk_weights: Sequence[Tensor], head: Tensor) -> str | None:
@@ -94,62 +56,6 @@ def _cpu_supports(condition: Tensor, *arguments: Any) -> str | None:
     return _cpu_supports_backward(condition, condition, *arguments)
 
 
-def _cpu_chunk(head: Tensor) -> int:
-    return max(16, _CHUNK_BYTES // (head.shape[1] * head.element_size()))
-
-
-def _cpu_forward(
-    condition: Tensor,
-    trunk_weights: Sequence[Tensor],
-    trunk_biases: Sequence[Tensor],
-    head: Tensor,
-    theta0: Tensor,
-    *options: Any,
-) -> Tensor:
-    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
-    theta0 = theta0.contiguous()
-    theta = _native.empty((condition.shape[0], head.shape[0]), head)
-    params = _params(*inputs, *options, chunk=_cpu_chunk(head))
-    params.set_forward(theta0.data_ptr(), theta.data_ptr())
-    _native.module().generate_forward_cpu(params, _native.threads())
-    return theta
-
-
-def _backward_outputs(
-    condition: Tensor, trunk_weights: Sequence[Tensor], head: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        condition.new_empty(condition.shape),
-        head.new_empty(trunk_size(trunk_weights)),
-        _native.empty(head.shape, head),
-    )
-
-
-def _cpu_backward(
-    grad: Tensor,
-    condition: Tensor,
-    trunk_weights: Sequence[Tensor],
-    trunk_biases: Sequence[Tensor],
-    head: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad = grad.contiguous()
-    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
-    outputs = _backward_outputs(condition, trunk_weights, head)
-    params = _params(*inputs, *options, chunk=_cpu_chunk(head))
-    workspace = head.new_empty(params.workspace_size)
-    params.set_backward(grad.data_ptr(), *(output.data_ptr() for output in outputs), workspace.data_ptr())
-    _native.module().generate_backward_cpu(params, _native.threads())
-    return outputs
-
-
-# A CUDA block keeps one condition row per batch entry, and dh of it per group of lanes, in shared memory.
-_CUDA_MOST_CONDITIONS = 8
-_CUDA_MOST_FEATURES = 512
-_CUDA_MOST_TRUNK = 1024
-_CUDA_BLOCKS_PER_PROCESSOR = 4
-
-
 def _cuda_supports_backward(
     _grad: Tensor, condition: Tensor, trunk_weights: Sequence[Tensor], _biases: Sequence[Tensor], head: Tensor, *_: Any
 ) -> str | None:
@@ -171,60 +77,106 @@ def _cuda_supports(condition: Tensor, *arguments: Any) -> str | None:
     return _cuda_supports_backward(condition, condition, *arguments)
 
 
-def _cuda_chunk(head: Tensor) -> int:
-    """One chunk per block of a grid that fills the device once: the trunk is computed once per block."""
-    return max(16, -(-head.shape[0] // (_native.processors(head) * _CUDA_BLOCKS_PER_PROCESSOR)))
+def _chunk(head: Tensor) -> int:
+    """Head rows of one work item. On the CPU no function of the number of threads, which results must not depend on."""
+    rows, hidden = head.shape
+    if head.device.type == "cpu":
+        return max(16, _CPU_CHUNK_BYTES // (hidden * head.element_size()))
+    # One chunk per block of a grid that fills the device once: each block computes the trunk once.
+    return max(16, -(-rows // (_native.processors(head) * _CUDA_BLOCKS_PER_PROCESSOR)))
 
 
-def _cuda_forward(
+def _params(
+    condition: Tensor,
+    trunk_weights: Sequence[Tensor],
+    trunk_biases: Sequence[Tensor],
+    head: Tensor,
+    offsets: Tensor | None,
+    encoding: str,
+    activation: str,
+    negative_slope: float,
+) -> Any:
+    batch, segments, size = condition.shape
+    return _native.module().GenerateParams(
+        dtype=_native.DTYPES[head.dtype],
+        encoding=_ENCODINGS[encoding],
+        activation=_ACTIVATIONS[activation],
+        negative_slope=negative_slope,
+        batch=batch,
+        segments=segments,
+        condition_size=size,
+        rows=head.shape[0],
+        hidden=head.shape[1],
+        widths=[weight.shape[0] for weight in trunk_weights],
+        weights=[weight.data_ptr() for weight in trunk_weights],
+        biases=[bias.data_ptr() for bias in trunk_biases],
+        condition=condition.data_ptr(),
+        head=head.data_ptr(),
+        offsets=0 if offsets is None else offsets.data_ptr(),
+        chunk=_chunk(head),
+    )
+
+
+def _native_forward(
     condition: Tensor,
     trunk_weights: Sequence[Tensor],
     trunk_biases: Sequence[Tensor],
     head: Tensor,
     theta0: Tensor,
-    *options: Any,
+    offsets: Tensor | None,
+    encoding: str,
+    activation: str,
+    negative_slope: float,
 ) -> Tensor:
-    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
-    theta0 = theta0.contiguous()
-    theta = head.new_empty(condition.shape[0], head.shape[0])
-    params = _params(*inputs, *options, chunk=_cuda_chunk(head))
+    condition, head, theta0 = condition.contiguous(), head.contiguous(), theta0.contiguous()
+    weights, biases = [w.contiguous() for w in trunk_weights], [b.contiguous() for b in trunk_biases]
+    theta = _native.empty((condition.shape[0], head.shape[0]), head)
+    params = _params(condition, weights, biases, head, offsets, encoding, activation, negative_slope)
     params.set_forward(theta0.data_ptr(), theta.data_ptr())
-    _native.module().generate_forward_cuda(params, *_native.stream(head))
+    _native.launch("generate_forward", params, head)
     return theta
 
 
-def _cuda_backward(
+def _native_backward(
     grad: Tensor,
     condition: Tensor,
     trunk_weights: Sequence[Tensor],
     trunk_biases: Sequence[Tensor],
     head: Tensor,
-    *options: Any,
+    offsets: Tensor | None,
+    encoding: str,
+    activation: str,
+    negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = grad.contiguous()
-    inputs = _contiguous(condition, trunk_weights, trunk_biases, head)
-    outputs = _backward_outputs(condition, trunk_weights, head)
-    params = _params(*inputs, *options, chunk=_cuda_chunk(head))
-    workspace = head.new_empty(params.workspace_size + 1, dtype=torch.float32)
-    params.set_backward(grad.data_ptr(), *(output.data_ptr() for output in outputs), workspace.data_ptr())
-    ticket = workspace[-1:].data_ptr()
-    _native.module().generate_backward_cuda(params, ticket, *_native.stream(head))
-    return outputs
+    grad, condition, head = grad.contiguous(), condition.contiguous(), head.contiguous()
+    weights, biases = [w.contiguous() for w in trunk_weights], [b.contiguous() for b in trunk_biases]
+    d_condition = condition.new_empty(condition.shape)
+    d_trunk = head.new_empty(trunk_size(weights))
+    d_head = _native.empty(head.shape, head)
+    params = _params(condition, weights, biases, head, offsets, encoding, activation, negative_slope)
+    # The last element is the ticket by which a CUDA block learns that it is the last one.
+    dtype = accumulator_dtype(head.dtype)
+    workspace = _native.empty((params.workspace_size + 1,), head, dtype)
+    params.set_backward(
+        grad.data_ptr(), d_condition.data_ptr(), d_trunk.data_ptr(), d_head.data_ptr(), workspace.data_ptr()
+    )
+    _native.launch("generate_backward", params, head, workspace[-1:].data_ptr())
+    return d_condition, d_trunk, d_head
 
 
 forward_implementations = Dispatcher(
     "generate",
     [
-        Implementation(Backend.CUDA, _cuda_forward, _cuda_supports),
-        Implementation(Backend.CPU, _cpu_forward, _cpu_supports),
+        Implementation(Backend.CUDA, _native_forward, _cuda_supports),
+        Implementation(Backend.CPU, _native_forward, _cpu_supports),
         Implementation(Backend.REFERENCE, reference.generate, _always),
     ],
 )
 backward_implementations = Dispatcher(
     "generate_backward",
     [
-        Implementation(Backend.CUDA, _cuda_backward, _cuda_supports_backward),
-        Implementation(Backend.CPU, _cpu_backward, _cpu_supports_backward),
+        Implementation(Backend.CUDA, _native_backward, _cuda_supports_backward),
+        Implementation(Backend.CPU, _native_backward, _cpu_supports_backward),
         Implementation(Backend.REFERENCE, reference.generate_backward, _always),
     ],
 )

@@ -49,8 +49,9 @@ def attention_transfer_with_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """Losses `[L]` and, for the backward pass, dL/dQ of every position of every tap, flat `[sum(B * N)]`.
 
-    With w = dL/du, n = ||Q||: dL/dQ = (w - u (u . w)) / n (`code`, `paper`), (w - Q (Q . w) / (n (n + eps))) / (n + eps)
-    (`zoo`); times p / C (`code`) or p, so that dL/dF = coefficient |F|^(p-1) sign(F).
+    With w = dL/du and n = ||Q||: dL/dQ = (w - u (u . w)) / n (`code`, `paper`) or
+    (w - Q (Q . w) / (n (n + eps))) / (n + eps) (`zoo`); times p / C (`code`) or p, so that
+    dL/dF = coefficient |F|^(p-1) sign(F).
     """
     dtype = torch.promote_types(torch.float32, student[0].dtype)
     losses, coefficients = [], []
@@ -64,7 +65,8 @@ def attention_transfer_with_coefficients(
 def _coefficients(student: Tensor, teacher: Tensor, p: int, mode: str, eps: float) -> Tensor:
     power = student.abs().pow(p).flatten(2)
     energy = power.mean(1) if mode == "code" else power.sum(1)
-    norm = energy.norm(dim=-1, keepdim=True)
+    # As in attention_map: equal maps must cancel to the last bit, `paper` has no gradient where u = v.
+    norm = energy.square().sum(-1, keepdim=True).sqrt()
     divisor = norm + eps if mode == "zoo" else norm.clamp_min(eps)
     u = energy / divisor
     difference = u - attention_map(teacher, p, mode, eps)

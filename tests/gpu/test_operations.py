@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,23 +14,23 @@ from hyperfast import functional
 
 BACKENDS = ("cuda", "triton")
 CASES = {
-    "shared": dict(batch=None, rows=1000, hidden=(16, 64, 128)),
-    "odd": dict(batch=None, rows=77, hidden=(5, 7)),
-    "narrow": dict(batch=None, rows=4097, hidden=(16, 16, 16)),
-    "no-trunk": dict(batch=None, rows=100, hidden=()),
-    "batch": dict(batch=5, rows=300, hidden=(16, 32)),
-    "segments": dict(batch=None, rows=300, hidden=(16, 64), offsets=(0, 1, 17, 256, 300)),
-    "batch-segments": dict(batch=3, rows=300, hidden=(16, 64), offsets=(0, 100, 300)),
+    "shared": {"batch": None, "rows": 1000, "hidden": (16, 64, 128)},
+    "odd": {"batch": None, "rows": 77, "hidden": (5, 7)},
+    "narrow": {"batch": None, "rows": 4097, "hidden": (16, 16, 16)},
+    "no-trunk": {"batch": None, "rows": 100, "hidden": ()},
+    "batch": {"batch": 5, "rows": 300, "hidden": (16, 32)},
+    "segments": {"batch": None, "rows": 300, "hidden": (16, 64), "offsets": (0, 1, 17, 256, 300)},
+    "batch-segments": {"batch": 3, "rows": 300, "hidden": (16, 64), "offsets": (0, 100, 300)},
 }
 
 
 def _generate_inputs(
-    rows: int, hidden: tuple[int, ...], batch: int | None, offsets: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
+    rows: int, hidden: tuple[int, ...], batch: int | None = None, offsets: tuple[int, ...] = ()
 ) -> dict[str, Any]:
-    size = 3
+    size, dtype = 3, torch.float64
     shape = [*([] if batch is None else [batch]), *([len(offsets) - 1] if offsets else []), size]
     widths = [2 * size, *hidden]
-    pairs = list(zip(widths, widths[1:], strict=False))
+    pairs = list(itertools.pairwise(widths))
     return {
         "condition": torch.rand(shape, dtype=dtype),
         "trunk_weights": [torch.randn(o, i, dtype=dtype) / i**0.5 for i, o in pairs],
@@ -50,11 +51,16 @@ def _to(value: Any, device: str, dtype: torch.dtype) -> Any:
     return value.detach().to(device, dtype).requires_grad_()
 
 
+def _leaves(inputs: dict[str, Any]) -> list[Tensor]:
+    return [
+        inputs["condition"], *inputs["trunk_weights"], *inputs["trunk_biases"], inputs["head_weight"], inputs["theta0"]
+    ]  # fmt: skip
+
+
 def _run_generate(inputs: dict[str, Any], grad: Tensor, **options: Any) -> list[Tensor]:
     theta = functional.generate(**inputs, **options)
     theta.backward(grad.to(theta))
-    leaves = [inputs["condition"], *inputs["trunk_weights"], *inputs["trunk_biases"], inputs["head_weight"], inputs["theta0"]]
-    return [theta.detach(), *(leaf.grad for leaf in leaves)]
+    return [theta.detach(), *(leaf.grad for leaf in _leaves(inputs))]
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -110,11 +116,11 @@ def _kernels(function: Any) -> list[str]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_generate_repeats_bit_for_bit(backend: str) -> None:
-    inputs = _to(_generate_inputs(rows=100_003, hidden=(16, 64), batch=None), "cuda", torch.float32)
+    inputs = _to(_generate_inputs(rows=100_003, hidden=(16, 64)), "cuda", torch.float32)
     grad = torch.randn(100_003, device="cuda")
     with hyperfast.use_backend(backend):
         first = [x.clone() for x in _run_generate(inputs, grad)]
-        for leaf in (inputs["condition"], *inputs["trunk_weights"], *inputs["trunk_biases"], inputs["head_weight"], inputs["theta0"]):
+        for leaf in _leaves(inputs):
             leaf.grad = None
         second = _run_generate(inputs, grad)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -222,7 +228,7 @@ def test_a_whole_step_in_a_cuda_graph_gives_the_same_gradients() -> None:
 
 
 def test_kernels_run_on_the_current_stream() -> None:
-    inputs = _to(_generate_inputs(rows=1_000_000, hidden=(16, 64), batch=None), "cuda", torch.float32)
+    inputs = _to(_generate_inputs(rows=1_000_000, hidden=(16, 64)), "cuda", torch.float32)
     expected = functional.generate(**inputs)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -1,0 +1,13 @@
+"""pytest-benchmark front end of the operation `training_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def test_training_step(measured: Callable[[], object]) -> None:
+    outputs = measured()
+    tensors = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    assert all(tensor.isfinite().all() for tensor in tensors)

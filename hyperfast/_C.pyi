@@ -1,0 +1,71 @@
+"""Native kernels of hyperfast. Tensors come as addresses, streams as handles (csrc/bindings.cpp)."""
+
+from typing_extensions import Buffer
+
+with_cuda: bool
+cuda_archs: str
+max_layers: int
+max_taps: int
+
+def instruction_set() -> str: ...
+
+class HostBuffer(Buffer):
+    def __init__(self, bytes: int) -> None: ...
+
+def idle_host_bytes() -> int: ...
+def release_idle_host_blocks() -> None: ...
+
+class GenerateParams:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        encoding: int,
+        activation: int,
+        negative_slope: float,
+        batch: int,
+        segments: int,
+        condition_size: int,
+        rows: int,
+        hidden: int,
+        widths: list[int],
+        weights: list[int],
+        biases: list[int],
+        condition: int,
+        head: int,
+        offsets: int,
+        chunk: int,
+    ) -> None: ...
+    def set_forward(self, theta0: int, theta: int) -> None: ...
+    def set_backward(self, grad: int, d_condition: int, d_trunk: int, d_head: int, workspace: int) -> None: ...
+    @property
+    def workspace_size(self) -> int: ...
+
+class AttentionParams:
+    def __init__(self, *, dtype: int, mode: int, power: int, eps: float) -> None: ...
+    def add_tap(
+        self,
+        *,
+        batch: int,
+        positions: int,
+        student: int,
+        student_channels: int,
+        student_last: bool,
+        teacher: int = 0,
+        teacher_channels: int = 0,
+        teacher_last: bool = False,
+        d_student: int = 0,
+    ) -> None: ...
+    def set_forward(self, losses: int, sample_losses: int, coefficients: int) -> None: ...
+    def set_backward(self, grad: int, coefficients: int, stream: bool) -> None: ...
+
+def generate_forward_cpu(params: GenerateParams, threads: int) -> None: ...
+def generate_backward_cpu(params: GenerateParams, threads: int) -> None: ...
+def attention_transfer_forward_cpu(params: AttentionParams, threads: int) -> None: ...
+def attention_transfer_backward_cpu(params: AttentionParams, threads: int) -> None: ...
+
+# Only where `with_cuda`.
+def generate_forward_cuda(params: GenerateParams, stream: int, device: int) -> None: ...
+def generate_backward_cuda(params: GenerateParams, ticket: int, stream: int, device: int) -> None: ...
+def attention_transfer_forward_cuda(params: AttentionParams, ticket: int, stream: int, device: int) -> None: ...
+def attention_transfer_backward_cuda(params: AttentionParams, stream: int, device: int) -> None: ...

@@ -1,0 +1,196 @@
+"""Figures as text to put into a page: SVG that follows the page's colours, PNG as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+# Legible on white and on near-black, and apart from one another for the colour-blind.
+COLORS = ("#2f7fd1", "#d9730d", "#1f9d63", "#b5529c", "#7a6ff0", "#8a8d91")
+
+# Stands for the page's text colour while matplotlib draws; `svg` replaces it.
+_INK = "#010203"
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hyperfast",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 12,
+    "axes.titlecolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart: a mean over runs, with a band from the lowest to the highest run.
+
+    Attributes:
+        label: for the legend.
+        runs: values of each run at 1, 2, ... (epochs); runs may have different lengths. NaN leaves a gap.
+    """
+
+    label: str
+    runs: Sequence[Sequence[float]]
+
+    def band(self) -> tuple[list[float], list[float], list[float]]:
+        """Mean, minimum and maximum at each epoch, over the runs that have a finite value there."""
+        rows: list[tuple[float, float, float]] = []
+        for epoch in range(max(map(len, self.runs), default=0)):
+            values = [run[epoch] for run in self.runs if epoch < len(run) and math.isfinite(run[epoch])]
+            row = (sum(values) / len(values), min(values), max(values)) if values else (math.nan,) * 3
+            rows.append(row)
+        return [mean for mean, _, _ in rows], [low for _, low, _ in rows], [high for _, _, high in rows]
+
+
+def curves_svg(
+    curves: Sequence[Curve],
+    *,
+    ylabel: str,
+    percent: bool = False,
+    log: bool = False,
+    reference: tuple[str, float] | None = None,
+) -> str:
+    """A chart of curves against the epoch, as SVG.
+
+    Args:
+        curves: each has its colour of `COLORS`, by position.
+        ylabel: what is drawn, with its unit.
+        percent: values are shares in [0, 1], shown in percent. Where all are high, the axis leaves out what lies below.
+        log: logarithmic axis.
+        reference: label and value of a dashed horizontal line.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for index, curve in enumerate(curves):
+            _draw(axes, curve, COLORS[index % len(COLORS)])
+        if reference is not None:
+            label, value = reference
+            axes.axhline(value, color=_INK, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.02)
+        if log:
+            _logarithmic(axes)
+        if percent:
+            _percent(axes, curves, reference)
+        axes.grid(True, axis="y", color=_INK, alpha=0.12)
+        axes.set_axisbelow(True)
+        # Above the axes, where it can hide no line.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """A matplotlib figure as an `<svg>` element: no links, no fixed size, the page's text colour and font."""
+    buffer = io.StringIO()
+    with _style():
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
+    text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r" font-family: [^;\"]*;", "", text)
+    return text.replace(_INK, "currentColor")
+
+
+def png_uri(image: Tensor, cmap: str = "magma") -> str:
+    """An image as a `data:` URI, one pixel per value; let the page scale it.
+
+    Args:
+        image: float `[H, W]`, scaled from its own minimum and maximum to the colours of `cmap`; or uint8
+            `[1 or 3, H, W]`, grey or RGB as it is.
+        cmap: matplotlib's name of a colour map.
+
+    Raises:
+        ValueError: another shape or dtype.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    if image.ndim == 2 and image.is_floating_point():
+        imsave(buffer, image.detach().cpu().numpy(), cmap=cmap, format="png")
+    elif image.ndim == 3 and image.shape[0] in (1, 3) and not image.is_floating_point():
+        pixels = image.detach().cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous()
+        imsave(buffer, pixels.numpy(), format="png")
+    else:
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)}; expected float [H, W], or uint8 [1 or 3, H, W]"
+        )
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """matplotlib's settings for a figure of a page; what the user's own are does not matter."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "figures need matplotlib, which is not installed; try `pip install 'hyperfast[demo]'`", name="matplotlib"
+        ) from error
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _draw(axes: Axes, curve: Curve, color: str) -> None:
+    mean, low, high = curve.band()
+    epochs = range(1, len(mean) + 1)
+    axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.plot(epochs, mean, color=color, linewidth=2, label=curve.label, marker="o" if len(mean) == 1 else "")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis whose labels are plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _percent(axes: Axes, curves: Sequence[Curve], reference: tuple[str, float] | None) -> None:
+    """Percent, from a little below the lowest mean to a little above the highest value, within 0 and 100."""
+    from matplotlib.ticker import PercentFormatter
+
+    means = [value for curve in curves for value in curve.band()[0] if math.isfinite(value)]
+    highs = [value for curve in curves for value in curve.band()[2] if math.isfinite(value)]
+    if reference is not None:
+        means.append(reference[1])
+    low, top = min(means, default=0.0), max([*means, *highs], default=1.0)
+    margin = 0.06 * (top - low) + 1e-3
+    axes.set_ylim(max(0.0, low - margin), min(1.005, top + margin))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %"))
