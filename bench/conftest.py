@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ _CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], object]:
+def measured(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], torch.Tensor | Sequence[torch.Tensor]]:
     """Measures the provider's step and returns it."""
     op = operation(request.param[0])
     provider = op.provider(request.param[1])

@@ -32,12 +32,14 @@ export PYTHONUNBUFFERED=1
 step() {
   local limit=$1 log=$out/$2 started=$SECONDS status=0
   shift 2
+  local shown="$*"
   printf '\n$ %s\n' "$*" >>"$log"
   timeout --kill-after=10 "$limit" "$@" >>"$log" 2>&1 || status=$?
   local word=ok
   [ "$status" -eq 0 ] || word="FAILED ($status)"
   [ "$status" -ne 124 ] && [ "$status" -ne 137 ] || word="TOO LONG (over $limit s)"
-  printf '%-18s %4d s  %s\n' "$word" $((SECONDS - started)) "$*" | tee -a "$summary"
+  # A program given on the command line is shown by its first line.
+  printf '%-18s %4d s  %s\n' "$word" $((SECONDS - started)) "${shown%%$'\n'*}" | tee -a "$summary"
   return "$status"
 }
 
@@ -53,7 +55,7 @@ if [ "$device" = cuda ]; then
   HYPERFAST_CUDA_ARCHS=${HYPERFAST_CUDA_ARCHS:-$("$python" -c '
 import torch
 print("%d%d" % torch.cuda.get_device_capability())')}
-  export HYPERFAST_CUDA_ARCHS
+  if [ -n "$HYPERFAST_CUDA_ARCHS" ]; then export HYPERFAST_CUDA_ARCHS; else unset HYPERFAST_CUDA_ARCHS; fi
 fi
 [ "$build" -eq 0 ] || step 120 build.log "$python" -m pip install -e . --no-build-isolation --no-deps -q
 
@@ -65,7 +67,7 @@ if [ "$device" = cuda ]; then
     step 40 sanitize.log compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/sanitize.py
   done
 else
-  step 120 bench.log "$python" bench/run.py --quick --no-verify --repeats 3 --csv "$results"
+  step 240 bench.log "$python" bench/run.py --quick --no-verify --repeats 3 --csv "$results"
 fi
 
 # The operation whose own step takes longest.

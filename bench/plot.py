@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import store
@@ -46,7 +46,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """The rows of one file as a table, the machine below it."""
     if not rows:
         return "Not measured yet.\n"
-    columns = [
+    columns: list[tuple[str, Callable[[Row], str]]] = [
         ("case", lambda row: row["case"] + (" (CUDA graph)" if row["mode"] == "graph" else "")),
         ("provider", lambda row: f"**{row['provider']}**" if row["provider"] == store.OURS else row["provider"]),
         ("median ms (20 % to 80 %)", lambda row: f"{row['median_ms']} ({row['p20_ms']} to {row['p80_ms']})"),
@@ -59,7 +59,7 @@ def markdown(rows: Sequence[Row]) -> str:
     cells = {name: column for name, column in cells.items() if any(column)}
     lines = [f"| {' | '.join(cells)} |", f"|{'|'.join('---' if i < 2 else '--:' for i in range(len(cells)))}|"]
     lines += [f"| {' | '.join(line)} |" for line in zip(*cells.values(), strict=True)]
-    return "\n".join(lines) + "\n\n" + "\n".join(_footnotes(rows)) + "\n"
+    return "\n".join(lines) + "\n\n" + "\n\n".join(_footnotes(rows)) + "\n"
 
 
 def _ratio_text(row: Row, rows: Sequence[Row]) -> str:

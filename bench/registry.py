@@ -43,11 +43,11 @@ class Work:
     """A provider set up on inputs.
 
     Attributes:
-        step: the whole job once, forward and backward; gradients are None when it begins.
+        step: the whole job once, forward and backward; gradients are None when it begins. Returns its outputs.
         results: the job once more, returning its outputs and gradients by names that all providers share.
     """
 
-    step: Callable[[], object]
+    step: Callable[[], Tensor | Sequence[Tensor]]
     results: Callable[[], dict[str, Tensor]]
 
 

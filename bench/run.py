@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +110,9 @@ def measure(op: Operation, case: Case, settings: Settings, ceilings: Ceilings) -
     if settings.graph:
         times["graph"] = timing.interleaved(_captured(works), device, *rounds)
     names = list(works)
-    del works
-    used = _memory(op, case, names, sets[0], settings)
-    del sets
+    del works, sets
     gc.collect()
+    used = _memory(op, case, names, settings)
     rows = []
     for mode, by_provider in times.items():
         for name, found in by_provider.items():
@@ -154,6 +153,7 @@ def _captured(works: Mapping[str, Sequence[Work]]) -> dict[str, list[timing.Step
         try:
             steps[name] = [timing.captured(w.step) for w in work]
         except RuntimeError as error:
+            torch.cuda.synchronize()
             print(f"  {name} is left out: it cannot be captured in a CUDA graph ({str(error).splitlines()[0]})")
     return steps
 
@@ -181,20 +181,22 @@ def _checked(
     return works, errors, right
 
 
-def _memory(
-    op: Operation, case: Case, names: Sequence[str], inputs: object, settings: Settings
-) -> dict[str, memory.Memory]:
+def _memory(op: Operation, case: Case, names: Sequence[str], settings: Settings) -> dict[str, memory.Memory]:
     if not settings.memory:
         return {}
     used = {}
     for name in names:
         if settings.device.type == "cuda":
-            used[name] = memory.measure_on_gpu(lambda name=name: op.provider(name).build(inputs))  # type: ignore[misc]
+            used[name] = memory.measure_on_gpu(_builder(op, case, name, settings.device))
             continue
         found = memory.measure_in_process(op.name, case.name, name, torch.get_num_threads())
         if found is not None:
             used[name] = found
     return used
+
+
+def _builder(op: Operation, case: Case, provider: str, device: torch.device) -> Callable[[], Work]:
+    return lambda: op.provider(provider).build(op.inputs(case.options, device, 0))
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 
-def test_attention_transfer(measured: Callable[[], object]) -> None:
+def test_attention_transfer(measured: Callable[[], torch.Tensor | Sequence[torch.Tensor]]) -> None:
     outputs = measured()
     tensors = [outputs] if isinstance(outputs, torch.Tensor) else outputs
     assert all(tensor.isfinite().all() for tensor in tensors)

@@ -77,7 +77,8 @@ def _milliseconds(step: Step, device: torch.device) -> float:
     step()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after)
+    milliseconds: float = before.elapsed_time(after)
+    return milliseconds
 
 
 def captured(step: Step) -> Step:
@@ -104,6 +105,7 @@ def sets_needed(bytes_touched: int, device: torch.device) -> int:
 
 def kernels_launched(step: Step) -> list[str]:
     """Names of the GPU kernels of one step, in the order of their launch; copies and fills of memory count too."""
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -111,7 +113,7 @@ def kernels_launched(step: Step) -> list[str]:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         step()
         torch.cuda.synchronize()
-    launched = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launched = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
     return [event.name for event in sorted(launched, key=lambda event: event.time_range.start)]
 
 

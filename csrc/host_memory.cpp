@@ -20,9 +20,15 @@ std::mutex lock;
 std::list<HostBlock> idle;  // the longest idle first
 size_t idle_bytes = 0, live_bytes = 0, peak_live_bytes = 0;
 
-void release(HostBlock block) {
-  idle_bytes -= block.capacity;
-  std::free(block.data);
+void release_oldest() {
+  idle_bytes -= idle.front().capacity;
+  std::free(idle.front().data);
+  idle.pop_front();
+}
+
+// Live and idle blocks together never hold more than was once live.
+void trim() {
+  while (!idle.empty() && live_bytes + idle_bytes > peak_live_bytes) release_oldest();
 }
 
 }  // namespace
@@ -35,20 +41,24 @@ HostBlock take_host_block(size_t bytes) {
     if (block->capacity >= capacity && block->capacity <= capacity + capacity / 4 &&
         (best == idle.end() || block->capacity < best->capacity))
       best = block;
-  HostBlock block;
   if (best != idle.end()) {
-    block = *best;
+    const HostBlock block = *best;
     idle.erase(best);
     idle_bytes -= block.capacity;
-  } else {
-    block = {std::aligned_alloc(kPage, capacity), capacity};
-    if (!block.data) throw std::bad_alloc();
-#if defined(__linux__)
-    madvise(block.data, capacity, MADV_HUGEPAGE);
-#endif
+    live_bytes += block.capacity;
+    return block;
   }
-  live_bytes += block.capacity;
+  live_bytes += capacity;
   peak_live_bytes = std::max(peak_live_bytes, live_bytes);
+  trim();
+  const HostBlock block = {std::aligned_alloc(kPage, capacity), capacity};
+  if (!block.data) {
+    live_bytes -= capacity;
+    throw std::bad_alloc();
+  }
+#if defined(__linux__)
+  madvise(block.data, capacity, MADV_HUGEPAGE);
+#endif
   return block;
 }
 
@@ -57,12 +67,7 @@ void return_host_block(HostBlock block) {
   live_bytes -= block.capacity;
   idle_bytes += block.capacity;
   idle.push_back(block);
-  // Live and idle together never hold more than was once live.
-  while (live_bytes + idle_bytes > peak_live_bytes) {
-    const HostBlock oldest = idle.front();
-    idle.pop_front();
-    release(oldest);
-  }
+  trim();
 }
 
 size_t idle_host_bytes() {
@@ -73,11 +78,7 @@ size_t idle_host_bytes() {
 size_t release_idle_host_blocks() {
   std::lock_guard<std::mutex> guard(lock);
   const size_t released = idle_bytes;
-  while (!idle.empty()) {
-    const HostBlock block = idle.front();
-    idle.pop_front();
-    release(block);
-  }
+  while (!idle.empty()) release_oldest();
   peak_live_bytes = live_bytes;
   return released;
 }

@@ -128,7 +128,7 @@ class Dispatcher:
     """Runs an operation on the first implementation that supports its arguments, in the order given."""
 
     def __init__(self, operation: str, implementations: Sequence[Implementation]) -> None:
-        self.operation = operation
+        self.operation = self.__name__ = operation
         self.implementations = tuple(implementations)
 
     def __call__(self, *args: Any) -> Any:

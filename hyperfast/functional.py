@@ -115,7 +115,8 @@ def generate(
     )
     # The reference is not opaque, so that a compiler may fuse it.
     run = reference.generate if current_backend() is Backend.REFERENCE else _generate.generate
-    theta: Tensor = run(*arguments)
+    with torch.autocast(condition.device.type, enabled=False):
+        theta: Tensor = run(*arguments)
     batched = condition.ndim == (2 if offsets is None else 3)
     return theta if batched else theta[0]
 
@@ -181,6 +182,7 @@ def attention_transfer(
     Source: Zagoruyko and Komodakis, arXiv 1612.03928; paper and code differ (szagoruyko/attention-transfer #34).
     """
     _check_choice("mode", mode, MODES)
+    p = int(p)  # a compiler may see an unknown number
     if p not in (1, 2, 3):
         raise ValueError(f"p is {p!r}; choose 1, 2 or 3")
     if len(student) != len(teacher):

@@ -23,8 +23,9 @@ def golden() -> dict[str, Tensor]:
 def assert_as_accurate(actual: Tensor, eager: Tensor, reference: Tensor, *, what: str = "result") -> None:
     """`actual` is at most twice as far from the float64 `reference` as `eager`, unfused PyTorch in the same dtype.
 
-    Largest and mean square error are compared. One unit in the last place is always allowed, since `eager` may be
-    exact by chance. On top: the cosine with the reference, and no block of it silently zero.
+    Mean square and largest error are compared. One unit in the last place is always allowed, since `eager` may be
+    exact by chance; four for the largest error, which is a draw from the tail of either distribution.
+    On top: the cosine with the reference, and no block of it silently zero.
     """
     assert reference.dtype == torch.float64
     assert actual.shape == reference.shape, f"{what}: shape {list(actual.shape)}, expected {list(reference.shape)}"
@@ -34,10 +35,10 @@ def assert_as_accurate(actual: Tensor, eager: Tensor, reference: Tensor, *, what
     exact = reference.flatten().cpu()
     found, unfused = actual.detach().double().flatten().cpu(), eager.detach().double().flatten().cpu()
     unit = torch.finfo(actual.dtype).eps * exact.abs().max()
-    for name, order in (("largest", torch.inf), ("mean square", 2)):
+    for name, order, units in (("largest", torch.inf, 4), ("mean square", 2, 1)):
         scale = exact.numel() ** (1 / order)
         error, allowed = ((x - exact).norm(order) / scale for x in (found, unfused))
-        assert error <= 2 * allowed.clamp_min(unit), (
+        assert error <= 2 * allowed.clamp_min(units * unit), (
             f"{what}: {name} error {error:.3e}, unfused PyTorch {allowed:.3e}, one unit {unit:.3e}"
         )
     assert_same_direction(actual, reference, what=what)

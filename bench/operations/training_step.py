@@ -51,8 +51,8 @@ def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> 
         )
 
 
-def _parameters(student: hyperfast.Hypernetwork) -> dict[str, nn.Parameter]:
-    named = {"head": student.head.weight, "theta0": student.theta0}
+def _parameters(student: hyperfast.Hypernetwork) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {"head": student.head.weight, "theta0": student.theta0}
     for level, layer in enumerate(student.trunk):
         assert isinstance(layer, nn.Linear)
         named |= {f"weight{level}": layer.weight, f"bias{level}": layer.bias}

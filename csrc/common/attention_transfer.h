@@ -111,14 +111,20 @@ HF_BODY void attention_item(Block& block, const AttentionParams& p, int64_t item
   }));
   const A divisor_s = zoo ? norm_s + eps : (norm_s > eps ? norm_s : eps);
   const A divisor_t = zoo ? norm_t + eps : (norm_t > eps ? norm_t : eps);
+  // Both maps are normalised before they are compared: a fused multiply-subtract of two equal ones is not zero.
   const A to_u = scale_s / divisor_s, to_v = scale_t / divisor_t;
+  block.for_each(n, [&](int64_t k) {
+    student[k] *= to_u;
+    teacher[k] *= to_v;
+  });
+  block.sync();
   const A squared = block.sum(n, [&](auto i, auto& lanes) {
-    const auto difference = lanes.load(student, i) * to_u - lanes.load(teacher, i) * to_v;
+    const auto difference = lanes.load(student, i) - lanes.load(teacher, i);
     return difference * difference;
   });
   const A cross = block.sum(n, [&](auto i, auto& lanes) {
-    const auto u = lanes.load(student, i) * to_u;
-    return u * (u - lanes.load(teacher, i) * to_v);
+    const auto u = lanes.load(student, i);
+    return u * (u - lanes.load(teacher, i));
   });
 
   const A distance = std::sqrt(squared);
@@ -133,8 +139,7 @@ HF_BODY void attention_item(Block& block, const AttentionParams& p, int64_t item
   const A factor = alive ? A(P) * scale_s / divisor_s : A(0);
   A* coefficients = static_cast<A*>(p.coefficients) + tap.first_coefficient + sample * n;
   block.for_each(n, [&](int64_t k) {
-    const A u = student[k] * to_u, v = teacher[k] * to_v;
-    coefficients[k] = factor * (to_w * (u - v) - u * along);
+    coefficients[k] = factor * (to_w * (student[k] - teacher[k]) - student[k] * along);
   });
   block.sync();
 }

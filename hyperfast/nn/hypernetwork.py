@@ -91,7 +91,7 @@ class Hypernetwork(nn.Module):
         """The model's output under generated weights.
 
         Args:
-            args, kwargs: what the model takes.
+            args, kwargs: what the model takes. (A `condition` of the model's own must be passed by position.)
             condition: z in [0, 1]; `[D]`, or `[S, D]` for a condition per layer. `None`: the hypernetwork's own. With
                 a leading dimension B the conditions are *applied*: the N samples (dimension 0 of the first tensor
                 argument) are cut into B equal consecutive groups, each run under its own weights, and the outputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,10 +27,24 @@ def register(
     """
     name = schema.split("(", 1)[0]
     library.define(schema)
-    library.impl(name, run, "CompositeExplicitAutograd")
+    library.impl(name, without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hyperfast::{name}", fake, lib=library)
     torch.library.register_autograd(f"hyperfast::{name}", backward, setup_context=setup_context, lib=library)
     return getattr(torch.ops.hyperfast, name).default
+
+
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` in the dtypes of its arguments: sums over all weights of a network do not become bfloat16 unasked."""
+
+    @functools.wraps(run)
+    def guarded(*arguments: Any) -> Any:
+        devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        with contextlib.ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return run(*arguments)
+
+    return guarded
 
 
 def differentiate(

@@ -99,9 +99,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
+        # Clones: what safetensors returns may be a map of the file, which the next checkpoint will replace.
         with safe_open(path, framework="pt", device="cpu") as file:
             header = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or is not a safetensors file ({error})") from error
     if header is None:

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast import losses, surgery
+from hyperfast.data import Splits
+from hyperfast.recipes.checkpoint import JSON
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.objective import StepLosses
+from hyperfast.recipes.result import TrainResult
 from hyperfast.recipes.schedules import TapWeights
 from hyperfast.recipes.trainer import to_device
 from hyperfast.recipes.training import RunOptions, fit
@@ -21,10 +24,6 @@ from hyperfast.surgery.taps import At
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from hyperfast.data import Splits
-    from hyperfast.recipes.checkpoint import JSON
-    from hyperfast.recipes.result import TrainResult
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _summary_writer(folder: Path, step: int) -> Any:
             "TensorBoard is not installed: pip install 'hyperfast[tensorboard]', or leave tensorboard off; "
             "metrics.jsonl holds the same numbers"
         ) from error
-    return SummaryWriter(str(folder), purge_step=step or None)
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _finite(value: Any) -> Any:

@@ -16,7 +16,7 @@ from hyperfast.data import DeviceLoader, ImageSet, Splits
 from hyperfast.recipes import checkpoint
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.cost import Stopwatch, peak_memory, reset_peak_memory
-from hyperfast.recipes.ema import averaged_model
+from hyperfast.recipes.ema import AveragedWeights
 from hyperfast.recipes.evaluation import Evaluation, autocast, evaluate
 from hyperfast.recipes.interrupt import deferred_interrupt
 from hyperfast.recipes.meter import Meter
@@ -35,6 +35,7 @@ from hyperfast.recipes.result import EpochRecord, TrainResult
 from hyperfast.recipes.schedules import cosine_with_warmup
 
 CHECKPOINT = "checkpoint.safetensors"
+BEST, LAST = "best.safetensors", "last.safetensors"
 
 # A run may be resumed with other values of these: they do not change what it computes.
 _FREE_SETTINGS = ("checkpoint_every", "device", "compile")
@@ -101,7 +102,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.trained, config)
         self.parameters = list(trainable(self.trained).values())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.average = None if config.ema is None else averaged_model(model, config.ema)
+        self.average = None if config.ema is None else AveragedWeights(model, config.ema)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
         self.total_steps = config.epochs * len(self.train_loader)
         self.warmup_steps = round(config.warmup_epochs * len(self.train_loader))
@@ -127,14 +128,14 @@ class Trainer:
                 self.metrics = stack.enter_context(writer)
             show = stack.enter_context(progress_bar(progress, self.total_steps))
             stack.enter_context(self.objective.watch(self.model))
-            interrupted = stack.enter_context(deferred_interrupt())
             reset_peak_memory(self.device)
             self.stopwatch = Stopwatch(self.device)
-            while self.state.epoch < self.config.epochs:
-                self._train_epoch(show, interrupted)
-                with self.stopwatch.paused():
-                    self._finish_epoch()
-                    self._stop_if(interrupted)
+            with deferred_interrupt() as interrupted:
+                while self.state.epoch < self.config.epochs:
+                    self._train_epoch(show, interrupted)
+                    with self.stopwatch.paused():
+                        self._finish_epoch()
+                        self._stop_if(interrupted)
             return self._result()
 
     def _train_epoch(self, show: Update, interrupted: Callable[[], bool]) -> None:
@@ -170,7 +171,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         accuracy = (losses.logits.detach().argmax(1) == labels).float().mean()
         self.meter.add({"loss": losses.total, "accuracy": accuracy, **losses.terms})
         self.stopwatch.tick()
@@ -218,6 +219,11 @@ class Trainer:
         names = self.objective.tap_names(term)
         return numbers[0] if names is None else dict(zip(names, numbers, strict=True))
 
+    def _require_finite_weights(self) -> None:
+        """What is not finite must not replace the weights that were saved before."""
+        norm = nn.utils.get_total_norm([parameter.detach() for parameter in self.parameters])
+        self._require_finite("norm of the weights", math.isfinite(norm))
+
     def _require_finite(self, what: str, finite: bool) -> None:
         if not finite:
             kept = f" {self.folder / CHECKPOINT}, if there is one, is from before." if self.folder else ""
@@ -229,6 +235,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Validate, remember the best weights, write the epoch's line and a checkpoint."""
         state = self.state
+        self._require_finite_weights()
         measured = self._evaluate(self.val_loader)
         record = EpochRecord(
             epoch=state.epoch + 1,
@@ -237,14 +244,16 @@ class Trainer:
             val_loss=None if measured is None else measured.loss,
             val_accuracy=None if measured is None else measured.accuracy,
         )
-        if self._is_best(record):
+        best = self._is_best(record)
+        if best:
             state.best_epoch, self.best = record.epoch, self._weights()
-            self._save_weights("best", self.best)
         state.history.append(record)
         state.epoch, state.batch, state.sums = state.epoch + 1, 0, _State().sums
         if self.metrics is not None:
             self.metrics.write("epoch", state.step, asdict(record))
         self.save()
+        if best:
+            self._save_weights(BEST, self.best)
 
     def _is_best(self, record: EpochRecord) -> bool:
         best = self.state.history[self.state.best_epoch - 1].val_accuracy if self.state.best_epoch else None
@@ -257,7 +266,9 @@ class Trainer:
         memory = peak_memory(self.device)
         last = self._evaluate(self.test_loader)
         best = last if self.state.best_epoch == self.state.epoch else self._evaluate_best()
-        self._save_weights("last", self.evaluated.state_dict())
+        # The best ones again: the run may have been killed after the checkpoint of that epoch, before they were saved.
+        self._save_weights(BEST, self.best)
+        self._save_weights(LAST, self.evaluated.state_dict())
         result = TrainResult(
             history=tuple(self.state.history),
             best_epoch=self.state.best_epoch,
@@ -287,8 +298,8 @@ class Trainer:
 
     def _save_weights(self, name: str, weights: dict[str, Tensor]) -> None:
         if self.folder is not None:
-            epoch = self.state.best_epoch if name == "best" else self.state.epoch
-            checkpoint.save(self.folder / f"{name}.safetensors", weights, {"kind": "weights", "epoch": epoch})
+            epoch = self.state.best_epoch if name == BEST else self.state.epoch
+            checkpoint.save(self.folder / name, weights, {"kind": "weights", "epoch": epoch})
 
     def _headline(self) -> str:
         epoch = f"epoch {self.state.epoch + 1}/{self.config.epochs}"
@@ -304,10 +315,10 @@ class Trainer:
         """Write the checkpoint: everything that the rest of the run depends on."""
         if self.folder is None:
             return
-        weights = [p.detach() for p in self.parameters]
-        self._require_finite("norm of the weights", math.isfinite(nn.utils.get_total_norm(weights)))
+        self._require_finite_weights()
         tensors = {
-            **checkpoint.section("trained", self.trained.state_dict()),
+            **checkpoint.section("model", self.model.state_dict()),
+            **checkpoint.section("objective", self.objective.modules.state_dict()),
             **checkpoint.section("optimizer", optimizer_state(self.optimizer, self.trained)),
             **checkpoint.section("average", {} if self.average is None else self.average.state_dict()),
             **checkpoint.section("best", self.best),
@@ -334,7 +345,8 @@ class Trainer:
         metadata: Any = saved.metadata
         if metadata.get("kind") != "training":
             raise ValueError(f"{saved.path} holds weights, not the state of a run; it cannot be resumed")
-        checkpoint.load_module(self.trained, saved.section("trained"), str(saved.path))
+        checkpoint.load_module(self.model, saved.section("model"), str(saved.path))
+        checkpoint.load_module(self.objective.modules, saved.section("objective"), str(saved.path))
         self._check_settings(saved.path, metadata["settings"])
         self.optimizer = build_optimizer(self.trained, self.config, metadata["base_lrs"])
         restore_optimizer_state(self.optimizer, self.trained, saved.section("optimizer"))

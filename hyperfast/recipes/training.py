@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
+from torch import nn
 
+from hyperfast.data import Splits
 from hyperfast.recipes import checkpoint
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.objective import CrossEntropy, Objective
-from hyperfast.recipes.trainer import CHECKPOINT, Trainer
+from hyperfast.recipes.result import TrainResult
+from hyperfast.recipes.trainer import BEST, CHECKPOINT, LAST, Trainer
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
-
-    from torch import nn
     from typing_extensions import Unpack
-
-    from hyperfast.data import Splits
-    from hyperfast.recipes.result import TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ def train(model: nn.Module, data: Splits, config: TrainConfig | None = None, **r
         Accuracies, history and cost of the run.
 
     Raises:
-        FileExistsError: `folder` holds a checkpoint and `resume` is False.
+        FileExistsError: `folder` holds checkpoints or weights of a run and `resume` is False.
         ValueError: the checkpoint is damaged, or of another model, other data or other settings; the model has fewer
             outputs than the data have classes.
         FloatingPointError: the loss is not finite any more; the checkpoint from before is kept.
@@ -99,11 +97,14 @@ def fit(
 
 
 def _find_checkpoint(folder: Path, resume: bool) -> checkpoint.Checkpoint | None:
+    """The checkpoint to resume from, if any; refuses to overwrite what another run has written."""
     path = folder / CHECKPOINT
-    if not path.exists():
-        if resume:
-            logger.warning("%s does not exist: there is nothing to resume, the run starts from the beginning", path)
+    if resume:
+        if path.exists():
+            return checkpoint.load(path)
+        logger.warning("%s does not exist: there is nothing to resume, the run starts from the beginning", path)
         return None
-    if not resume:
-        raise FileExistsError(f"{path} is the checkpoint of a run: resume it (resume=True), or use another folder")
-    return checkpoint.load(path)
+    for name in (CHECKPOINT, BEST, LAST):
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name} is of another run: resume it (resume=True), or use another folder")
+    return None

@@ -41,7 +41,7 @@ def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
 def activation_slope(x: Tensor, activation: str, negative_slope: float) -> Tensor:
     """Derivative of `activate` at the pre-activation x."""
     if activation == "leaky_relu":
-        return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+        return torch.where(x > 0, x.new_ones(()), x.new_full((), negative_slope))
     if activation == "relu":
         return (x > 0).to(x.dtype)
     if activation == "gelu":

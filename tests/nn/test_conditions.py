@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from nn.networks import images, small_net
 
 from hyperfast.nn import ConstantCondition, ExternalCondition, LearnedCondition, PerLayerCondition, hypernetize
+
+from .networks import images, small_net
 
 
 def theta(student, condition=None):
@@ -85,7 +86,9 @@ def test_a_condition_may_be_passed_as_a_module(kind):
 @pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf")])
 def test_values_outside_the_unit_interval(encoding, value):
     student = hypernetize(small_net(), condition_size=2, encoding=encoding)
-    with pytest.raises(ValueError, match=r"condition holds a value outside \[0, 1\] or NaN; the encoding .*: got \[0.5"):
+    with pytest.raises(
+        ValueError, match=r"condition holds a value outside \[0, 1\] or NaN; the encoding .*: got \[0.5"
+    ):
         student(images(), condition=torch.tensor([0.5, value]))
     with pytest.raises(ValueError, match="condition holds a value outside"):
         student.generate(torch.full((300, 2), value))
@@ -107,7 +110,11 @@ def test_without_an_encoding_any_finite_value_is_good():
         ("per_layer", torch.rand(2), r"condition is \[2\]; this hypernetwork takes \[2, 2\] or \[B, 2, 2\]"),
         ("per_layer", torch.rand(3, 2), r"condition is \[3, 2\]; this"),
         ("constant", torch.ones(2, dtype=torch.int64), "condition is torch.int64; expected a floating point tensor"),
-        ("constant", torch.rand(2, device="meta"), "condition is on meta but the hypernetwork on cpu; use condition.to"),
+        (
+            "constant",
+            torch.rand(2, device="meta"),
+            "condition is on meta but the hypernetwork on cpu; use condition.to",
+        ),
     ],
 )
 def test_conditions_that_do_not_fit(kind, given, message):

@@ -1,10 +1,11 @@
 """The cost report counts every part and leaves the hypernetwork as it was."""
 
 import torch
-from nn.networks import images, small_net
 from torch import nn
 
 from hyperfast.nn import hypernetize
+
+from .networks import images, small_net
 
 
 def test_counts_and_bytes():
@@ -22,11 +23,12 @@ def test_counts_and_bytes():
 
 
 def test_times_and_no_trace_of_them():
+    x = images()
     for condition in ("constant", "external", "stochastic", "per_layer"):
         student = hypernetize(nn.Sequential(small_net(), nn.Dropout(0.5)), condition=condition, condition_size=2)
-        before = {name: value.clone() for name, value in student.state_dict().items()}
         random = torch.get_rng_state()
-        report = student.cost_report(images(), repeats=2)
+        before = {name: value.clone() for name, value in student.state_dict().items()}
+        report = student.cost_report(x, repeats=2)
         assert list(report.milliseconds) == ["generate", "primary forward", "whole step"]
         assert all(value > 0 for value in report.milliseconds.values())
         assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

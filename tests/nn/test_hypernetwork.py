@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
-from nn.networks import TiedNet, images, small_net
 from torch import nn
 
 from hyperfast.nn import Hypernetwork, hypernetize
 from hyperfast.surgery import select_parameters, taps
+
+from .networks import TiedNet, images, small_net
 
 KINDS = ["constant", "learned", "per_layer", "per_target", "external", "stochastic"]
 
@@ -27,7 +28,10 @@ def test_the_model_is_left_alone_and_its_generated_parameters_leave_the_copy():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert student.primary[0].weight is None
-    assert [n for n, _ in student.named_parameters() if n.startswith("primary")] == ["primary.1.weight", "primary.1.bias"]
+    assert [n for n, _ in student.named_parameters() if n.startswith("primary")] == [
+        "primary.1.weight",
+        "primary.1.bias",
+    ]
     assert student.theta0.shape == (student.head.weight.shape[0],) == (4 * 27 + 4 + 4 * 5 + 5,)
 
 
@@ -91,7 +95,9 @@ def test_shared_parameters_are_generated_once_and_stay_shared():
         assert student.primary.first.weight is None
     student(tokens).sum().backward()
     model(tokens).sum().backward()
-    expected = torch.cat([model.embedding.weight.grad.flatten(), model.first.weight.grad.flatten(), model.first.bias.grad])
+    expected = torch.cat(
+        [model.embedding.weight.grad.flatten(), model.first.weight.grad.flatten(), model.first.bias.grad]
+    )
     torch.testing.assert_close(student.theta0.grad, expected)
     plain = student.materialize()
     assert plain.decoder.weight is plain.embedding.weight and plain.second is plain.first

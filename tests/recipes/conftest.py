@@ -1,4 +1,4 @@
-"""Runs on one thread, and makes `tiny_task` importable, here and (by the same path) in the processes that tests start."""
+"""Tests run on one thread, and may import `tiny_task`; so may the processes that they start."""
 
 from __future__ import annotations
 

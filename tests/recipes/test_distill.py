@@ -14,7 +14,7 @@ from torch import nn
 import hyperfast
 from hyperfast import losses
 from hyperfast.nn import hypernetize
-from hyperfast.recipes import DistillConfig, Distillation, LossTerm, TapWeights, distill, train
+from hyperfast.recipes import Distillation, DistillConfig, LossTerm, TapWeights, distill, train
 from hyperfast.surgery import taps
 
 
@@ -136,7 +136,7 @@ def test_resuming_with_another_distillation_is_refused(tmp_path: Path, teacher: 
     with pytest.raises(ValueError, match=r"distillation was .*'kd_weight': 0\.0.* and is now .*'kd_weight': 2\.0"):
         other = DistillConfig(kd_weight=2.0)
         distill(tiny_task.network(), teacher, data, settings, other, folder=tmp_path, resume=True)
-    with pytest.raises(ValueError, match="distillation was .* and is now None"):
+    with pytest.raises(ValueError, match=r"distillation was .* and is now None"):
         train(tiny_task.network(), data, settings, folder=tmp_path, resume=True)
 
 

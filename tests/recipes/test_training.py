@@ -13,7 +13,8 @@ import tiny_task
 import torch
 from torch import Tensor, nn
 
-from hyperfast.recipes import CHECKPOINT, TrainConfig, checkpoint, train
+from hyperfast import models
+from hyperfast.recipes import CHECKPOINT, CrossEntropy, TrainConfig, checkpoint, train
 from hyperfast.recipes.trainer import Trainer
 
 
@@ -55,7 +56,6 @@ def test_a_network_learns_and_is_selected_on_validation(tmp_path: Path) -> None:
     assert result.steps == 40 and result.ms_per_step > 0 and result.peak_memory > 2**20
     assert_same(dict(result.best_weights), checkpoint.load(tmp_path / "best.safetensors").tensors)
     assert_same(model.state_dict(), checkpoint.load(tmp_path / "last.safetensors").tensors)
-    assert not model.training or model.layer1[1].training  # put back as it was
 
 
 def test_metrics_tell_the_whole_story(tmp_path: Path) -> None:
@@ -139,7 +139,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, changes: dict[str
 
 def test_a_finished_run_can_be_resumed_to_its_result(tmp_path: Path) -> None:
     first = train(tiny_task.network(), tiny_task.splits(), tiny_task.config(), folder=tmp_path)
+    (tmp_path / "best.safetensors").unlink()
     second = train(tiny_task.network(seed=3), tiny_task.splits(), tiny_task.config(), folder=tmp_path, resume=True)
+    assert_same(checkpoint.load(tmp_path / "best.safetensors").tensors, dict(first.best_weights))
     assert second.history == first.history and second.test_accuracy_last == first.test_accuracy_last
     assert sum(line["kind"] == "result" for line in metrics(tmp_path)) == 1
 
@@ -211,7 +213,10 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, monk
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     train(tiny_task.network(), tiny_task.splits(), tiny_task.config(epochs=1), folder=tmp_path)
-    with pytest.raises(FileExistsError, match=r"is the checkpoint of a run: resume it \(resume=True\)"):
+    with pytest.raises(FileExistsError, match=r"is of another run: resume it \(resume=True\)"):
+        train(tiny_task.network(), tiny_task.splits(), tiny_task.config(epochs=1), folder=tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
+    with pytest.raises(FileExistsError, match=r"best\.safetensors is of another run"):
         train(tiny_task.network(), tiny_task.splits(), tiny_task.config(epochs=1), folder=tmp_path)
 
 
@@ -224,7 +229,7 @@ def test_resuming_where_there_is_nothing_starts_and_says_so(tmp_path: Path, capl
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     data, settings = tiny_task.splits(), tiny_task.config(epochs=1)
     train(tiny_task.network(), data, settings, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"does not fit this ModuleDict: model\.head\.1\.weight is \[4, 128\], expected"):
+    with pytest.raises(ValueError, match=r"does not fit this Network: head\.1\.weight is \[4, 128\], expected"):
         train(tiny_task.network(width=4), data, settings, folder=tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"lr was 0\.02 and is now 0\.1; seed was 0 and is now 7"):
         other = tiny_task.config(epochs=1, lr=0.1, seed=7)
@@ -253,7 +258,20 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path)
         train(model, tiny_task.splits(), settings, folder=tmp_path, on_step=poison)
     saved = checkpoint.load(tmp_path / CHECKPOINT)
     assert saved.metadata["state"]["step"] == 6  # type: ignore[index,call-overload]
-    assert all(tensor.isfinite().all() for tensor in saved.section("trained").values())
+    assert all(tensor.isfinite().all() for tensor in saved.section("model").values())
+
+
+def test_weights_that_are_not_finite_are_not_saved_as_the_best(tmp_path: Path) -> None:
+    model = tiny_task.network()
+
+    def poison(step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                model.head[1].weight.fill_(float("nan"))
+
+    with pytest.raises(FloatingPointError, match="the norm of the weights is not finite any more after step 5"):
+        train(model, tiny_task.splits(), tiny_task.config(), folder=tmp_path, on_step=poison)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_loss_that_is_not_finite_is_reported() -> None:
@@ -313,7 +331,7 @@ def test_the_loop_reads_the_device_once_per_log_interval(monkeypatch: pytest.Mon
         raise AssertionError("the step waits for the device")
 
     settings = tiny_task.config(epochs=1, log_every=3)
-    trainer = Trainer(tiny_task.network(), tiny_task_objective(), tiny_task.splits(), settings)
+    trainer = Trainer(tiny_task.network(), CrossEntropy(), tiny_task.splits(), settings)
     monkeypatch.setattr(Tensor, "tolist", counted)
     step = Trainer._step
 
@@ -328,7 +346,70 @@ def test_the_loop_reads_the_device_once_per_log_interval(monkeypatch: pytest.Mon
     assert reads == 2  # after steps 3 and 5
 
 
-def tiny_task_objective() -> Any:
-    from hyperfast.recipes import CrossEntropy
+def test_ctrl_c_while_the_test_set_is_measured_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Trainer._result
 
-    return CrossEntropy()
+    def press(self: Trainer) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return measured(self)
+
+    settings = tiny_task.config(epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_result", press)
+        train(tiny_task.network(), tiny_task.splits(), settings, folder=tmp_path)
+    result = train(tiny_task.network(), tiny_task.splits(), settings, folder=tmp_path, resume=True)
+    assert result.test_accuracy_last is not None
+
+
+def test_the_weights_are_ordinary_ones(tmp_path: Path) -> None:
+    model = models.create("resnet8", tiny_task.CLASSES)
+    train(model, tiny_task.splits(), tiny_task.config(epochs=1), folder=tmp_path)
+    other = models.create("resnet8", tiny_task.CLASSES)
+    models.load_weights(other, tmp_path / "last.safetensors")
+    assert_same(other.state_dict(), model.state_dict())
+
+
+def test_a_progress_bar_and_a_compiled_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[nn.Module] = []
+
+    def compile(model: nn.Module) -> Any:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = tiny_task.network()
+    train(model, tiny_task.splits(), tiny_task.config(epochs=1, compile=True), progress=True)
+    assert compiled == [model]
+    assert "5/5" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "clip_grad_norm": 1.0}, {"amp": "bf16", "channels_last": True}])
+def test_no_step_waits_for_the_gpu(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer._step
+
+    def watched(self: Trainer, *args: Any) -> None:
+        if self.state.step > 2:  # the first ones set up cuDNN and the optimiser's state
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    result = train(tiny_task.network(), tiny_task.splits(), tiny_task.config(device="cuda", **changes))
+    assert result.steps == 15
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"amp": "fp16", "optimizer": "adamw", "lr": 2e-3}])
+def test_a_run_on_the_gpu_can_be_resumed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = tiny_task.config(device="cuda", checkpoint_every=2, **changes)
+    with pytest.raises(Crash):
+        train(tiny_task.network(), tiny_task.splits(), settings, folder=tmp_path, on_step=crash_at(9))
+    result = train(tiny_task.network(seed=5), tiny_task.splits(), settings, folder=tmp_path, resume=True)
+    assert result.steps == 15 and result.test_accuracy_last is not None and result.test_accuracy_last > 0.5

@@ -1,0 +1,257 @@
+"""`hyperfast distill`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from hyperfast import models
+from hyperfast.cli.network import RUN, Network, classes_in, load_run, options_in
+from hyperfast.cli.options import DataOptions, HypernetOptions, Repeated, TrainOptions, key_values, nearest
+from hyperfast.cli.session import announce, describe, open_folder, options, percent, summarise
+from hyperfast.data import DeviceLoader
+from hyperfast.recipes import METHODS, DistillConfig, LossTerm, TapWeights, TrainConfig, distill, evaluate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from hyperfast.data import Splits
+
+_KD_WEIGHT = 1.0
+
+
+class Teacher(NamedTuple):
+    """A teacher, and what its file says about the images it was trained on (None: nothing)."""
+
+    model: nn.Module
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train a student with the help of a teacher.
+
+    Attributes:
+        source: the images.
+        model: of the student; see "hyperfast train --help".
+        teacher: trained weights: a safetensors file, a state dict of torch.save, or the folder of a run of
+            "hyperfast train". Where the file names mean and std of its images, they are used for student and teacher.
+        loss: at (attention transfer at the stages, weight 1000) or kd (softened logits, weight 1), with another weight
+            as at=200 or kd=0.9; may be given several times.
+        teacher_model: of the teacher. Default: that of --model, or what the run's own notes say.
+        teacher_option: option of the teacher, such as shortcut=B or width=32; may be given several times. By default
+            shortcut, width and channels of ResNets and VGGs are seen from the weights.
+        shortcut: of both, for ResNets: A (no parameters) or B (1x1 convolution). Default: as in the teacher's weights.
+        option: option of the student, such as width=8; may be given several times. Where teacher and student have the
+            same model, the student's options are by default those of the teacher.
+        hypernetize: generate the student's weights from a hypernetwork; --no-hypernetize trains an ordinary student.
+        hypernet: options of the hypernetwork.
+        cross_entropy_weight: weight of the labels; 0 leaves them out.
+        temperature: of the softened logits.
+        at: where the feature maps are read: stages, activations, or a glob over module paths; may be given several times.
+        teacher_at: the same for a teacher whose modules have other names.
+        tap_schedule: shares of the feature maps in a loss: uniform, or travelling (from the first to the last).
+        training: settings of the training.
+        out: folder of the run. Default: runs/distill-DATASET-MODEL, numbered where that holds a run with other
+            settings. A run that is there already, with the same settings, is gone on with.
+        resume: fail where there is no run to go on with.
+        tensorboard: write TensorBoard events to OUT/tensorboard (extra 'tensorboard').
+    """
+
+    source: DataOptions
+    model: str
+    teacher: Path
+    loss: Repeated = ("at",)
+    teacher_model: str | None = None
+    teacher_option: Repeated = ()
+    shortcut: Literal["A", "B"] | None = None
+    option: Repeated = ()
+    hypernetize: bool = True
+    hypernet: HypernetOptions = field(default_factory=HypernetOptions)
+    cross_entropy_weight: float = 1.0
+    temperature: float = 4.0
+    at: Repeated = ("stages",)
+    teacher_at: Repeated = ()
+    tap_schedule: Literal["uniform", "travelling"] = "uniform"
+    training: TrainOptions = field(default_factory=TrainOptions)
+    out: Path | None = None
+    resume: bool = False
+    tensorboard: bool = False
+
+    @staticmethod
+    def help() -> str:
+        return """Train a student, whose weights come from a hypernetwork, with the help of a trained teacher.
+
+Examples:
+
+    hyperfast distill --dataset cifar10 --data DIR --model resnet20 --teacher cifar10_resnet20.safetensors \\
+                      --loss at --epochs 3
+    hyperfast distill --dataset cifar10 --data DIR --model resnet20 --teacher resnet56.pt --teacher-model resnet56 \\
+                      --loss at=500 --loss kd=0.9
+    hyperfast distill --dataset digits --model resnet8 --teacher runs/train-digits-resnet8 --loss kd --epochs 10
+
+The teacher is measured first; one that only guesses is an error. What OUT holds, and how Ctrl-C and going on work, is
+as in "hyperfast train"."""
+
+    def run(self, console: Console) -> None:
+        """Measure the teacher, train the student, and print the table."""
+        config = self.training.for_data(self.source)
+        distillation = self._distillation()
+        splits = self.source.load()
+        spec, teacher = self._teacher(splits)
+        if teacher.mean is not None and teacher.std is not None:
+            splits = splits.normalised(teacher.mean, teacher.std)
+            console.print(
+                f"images are normalised as the teacher's file says: mean {_short(teacher.mean)}, "
+                f"std {_short(teacher.std)}",
+                markup=False,
+                highlight=False,
+            )
+        network = self._student(spec, splits)
+        student = network.build(config.seed)
+        accuracy = measure_teacher(teacher.model, splits, config)
+        console.print(f"teacher: {spec.model}, {percent(accuracy)} on the {_judge(splits)[0]} images", highlight=False)
+        run = describe(
+            network,
+            splits,
+            config,
+            command="distill",
+            data=self.source.settings(),
+            teacher={"network": asdict(spec), "sha256": _digest(self.teacher)},
+            distillation=asdict(distillation),
+        )
+        name = f"distill-{self.source.dataset}-{self.model.replace(':', '-')}"
+        folder = open_folder(run, self.out, name, self.resume, console)
+        announce(network, student, splits, console)
+        how = options(folder, self.tensorboard, console)
+        result = distill(student, teacher.model, splits, config, distillation, **how)
+        summarise(result, folder, console, {f"teacher, {_judge(splits)[0]} accuracy": accuracy})
+
+    def _distillation(self) -> DistillConfig:
+        weights = parse_losses(self.loss)
+        kd = weights.pop("kd", 0.0)
+        return DistillConfig(
+            losses={name: LossTerm(weight) for name, weight in weights.items()},
+            cross_entropy_weight=self.cross_entropy_weight,
+            kd_weight=_KD_WEIGHT if kd is None else kd,
+            temperature=self.temperature,
+            at=_taps(self.at),
+            teacher_at=_taps(self.teacher_at) if self.teacher_at else None,
+            tap_weights=TapWeights(self.tap_schedule),
+        )
+
+    def _teacher(self, splits: Splits) -> tuple[Network, Teacher]:
+        """Build the teacher from its file, or from the run that it is part of."""
+        folder = self.teacher if self.teacher.is_dir() else self.teacher.parent
+        if (self.teacher.is_dir() or _is_of_run(self.teacher)) and (folder / RUN).exists():
+            run, model = load_run(self.teacher)
+            return run.network, Teacher(model, run.mean, run.std)
+        saved = models.read_checkpoint(self.teacher)
+        name = self.teacher_model or self.model
+        model_options = options_in(saved.tensors, name)
+        if self.shortcut is not None:
+            model_options["shortcut"] = self.shortcut
+        model_options |= key_values(self.teacher_option, "--teacher-option")
+        spec = Network(name, classes_in(saved.tensors) or len(splits.train.classes), model_options)
+        model = spec.build(seed=0)
+        metadata = models.load_weights(model, self.teacher)
+        channels = splits.train.images.shape[1]
+        mean, std = (_numbers(metadata, key, channels, self.teacher) for key in ("mean", "std"))
+        return spec, Teacher(model, mean, std)
+
+    def _student(self, teacher: Network, splits: Splits) -> Network:
+        channels = splits.train.images.shape[1]
+        inherited = dict(teacher.options) if teacher.model == self.model else {}
+        if not inherited and channels != 3:
+            inherited["in_channels"] = channels
+        if self.shortcut is not None:
+            inherited["shortcut"] = self.shortcut
+        model_options = inherited | key_values(self.option, "--option")
+        hypernet = self.hypernet if self.hypernetize else None
+        # As many logits as the teacher has, so that they can be compared.
+        return Network(self.model, max(teacher.classes, len(splits.train.classes)), model_options, hypernet)
+
+
+def parse_losses(given: tuple[str, ...]) -> dict[str, float | None]:
+    """`("at", "kd=0.9")` as `{"at": None, "kd": 0.9}`; None is the default weight.
+
+    Raises:
+        ValueError: an unknown name, a name given twice, a weight that is no positive number.
+    """
+    known = (*METHODS, "kd")
+    weights: dict[str, float | None] = {}
+    for entry in given:
+        name, separator, weight = entry.partition("=")
+        if name not in known:
+            raise ValueError(f"unknown loss {name!r}{nearest(name, known)}; choose from {', '.join(known)}")
+        try:
+            weights[name] = float(weight) if separator else None
+        except ValueError:
+            raise ValueError(f"--loss {entry!r}: the weight {weight!r} is no number; write {name}=0.5") from None
+        if separator and not 0 < (weights[name] or 0.0) < float("inf"):
+            raise ValueError(f"--loss {entry!r}: the weight must be a positive number")
+    twice = [name for name, count in Counter(entry.partition("=")[0] for entry in given).items() if count > 1]
+    if twice:
+        raise ValueError(f"--loss {twice[0]} is given more than once")
+    return weights
+
+
+def measure_teacher(teacher: nn.Module, splits: Splits, config: TrainConfig) -> float:
+    """Its accuracy on the validation images; on the test images where there are none.
+
+    Raises:
+        ValueError: it is no better than guessing: at most three standard deviations above the share of the most
+            frequent class.
+    """
+    device = config.torch_device()
+    name, images = _judge(splits)
+    loader = DeviceLoader(images, config.batch_size, device=device, train=False)
+    accuracy = evaluate(teacher.to(device), loader.epoch(), device, config.amp).accuracy
+    chance = float(images.labels.bincount().max()) / len(images)
+    if accuracy <= chance + 3 * (chance * (1 - chance) / len(images)) ** 0.5:
+        raise ValueError(
+            f"the teacher has {percent(accuracy)} on the {len(images):,} {name} images, where guessing has "
+            f"{percent(chance)}: there is nothing to learn from it. Its weights may be of another dataset or order of "
+            "classes, or its images normalised otherwise"
+        )
+    return accuracy
+
+
+def _judge(splits: Splits) -> tuple[str, Any]:
+    return ("validation", splits.val) if len(splits.val) else ("test", splits.test)
+
+
+def _is_of_run(path: Path) -> bool:
+    return path.name in ("best.safetensors", "last.safetensors", "checkpoint.safetensors")
+
+
+def _taps(at: tuple[str, ...]) -> str | list[str]:
+    return at[0] if len(at) == 1 else list(at)
+
+
+def _numbers(metadata: dict[str, str], key: str, channels: int, path: Path) -> tuple[float, ...] | None:
+    """`"0.485,0.456,0.406"` as numbers; None where the file says nothing."""
+    if key not in metadata:
+        return None
+    try:
+        values = tuple(float(value) for value in metadata[key].strip("[]() ").split(","))
+    except ValueError:
+        raise ValueError(f"{path}: its metadata say {key} is {metadata[key]!r}, which are no numbers") from None
+    if len(values) != channels:
+        raise ValueError(f"{path}: its metadata have {len(values)} values of {key}; the images have {channels} channels")
+    return values
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _digest(path: Path) -> str:
+    """sha256 of the teacher's file: a run goes on with the same teacher only."""
+    file = path / "best.safetensors" if path.is_dir() else path
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,173 @@
+"""A network as the command line describes it, so that `run.json` can build it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hyperfast
+from hyperfast import models
+from hyperfast.cli.options import HypernetOptions
+from hyperfast.recipes import checkpoint
+
+RUN = "run.json"
+_CLASSIFIERS = ("fc", "linear", "classifier", "classifier.6")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network is built from.
+
+    Attributes:
+        model: name for `hyperfast.models.create`.
+        classes: width of the logits.
+        options: of the model.
+        hypernet: of the hypernetwork; None for an ordinary network.
+    """
+
+    model: str
+    classes: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    hypernet: HypernetOptions | None = None
+
+    def build(self, seed: int, weights: Path | None = None) -> nn.Module:
+        """A freshly initialised network; the global random state is left as it was.
+
+        Args:
+            seed: of the initialisation.
+            weights: file to start from; a hypernetwork then has them as theta0.
+
+        Raises:
+            ValueError: unknown names or options; weights that do not fit.
+        """
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            try:
+                model = models.create(self.model, self.classes, **self.options)
+            except (TypeError, AttributeError) as error:
+                raise ValueError(f"model {self.model!r} cannot be made: {error}") from error
+            if weights is not None:
+                models.load_weights(model, weights)
+            if self.hypernet is None:
+                return model
+            keywords = self.hypernet.keywords() | ({"theta0": "model"} if weights is not None else {})
+            return hyperfast.hypernetize(model, **keywords)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Network:
+        """Back from `asdict` and JSON."""
+        hypernet = values["hypernet"]
+        return cls(
+            values["model"],
+            values["classes"],
+            values["options"],
+            None if hypernet is None else HypernetOptions.from_json(hypernet),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run.json` says about a run.
+
+    Attributes:
+        network: what was trained.
+        image: shape `(C, H, W)` of its images.
+        mean: that its images are normalised with.
+        std: likewise.
+        settings: everything else that the run depends on, to tell whether two runs are the same.
+    """
+
+    network: Network
+    image: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    settings: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it comes back from the file."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/run.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = folder / f".{RUN}.tmp"
+        staging.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        staging.replace(folder / RUN)
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Read `folder/run.json`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: hyperfast did not write it.
+        """
+        path = folder / RUN
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {RUN} in {folder}: hyperfast train and distill write it beside their weights, and "
+                "without it the network cannot be built again. Keep the two together"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            height_first = tuple(int(size) for size in values["image"])
+            channels, height, width = height_first
+            return cls(
+                Network.from_json(values["network"]),
+                (channels, height, width),
+                tuple(values["mean"]),
+                tuple(values["std"]),
+                values["settings"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged or was not written by this hyperfast ({error!r})") from error
+
+
+def load_run(path: Path) -> tuple[Run, nn.Module]:
+    """The network of a run with its weights, in eval mode.
+
+    Args:
+        path: the folder of a run (its best weights), or one of the safetensors files in it.
+
+    Raises:
+        FileNotFoundError: no such file, or no `run.json` beside it.
+        ValueError: a file that is cut short, that hyperfast did not write, or that is of another network.
+    """
+    if path.is_dir():
+        path = path / "best.safetensors"
+    saved = checkpoint.load(path)
+    run = Run.load(path.parent)
+    network = run.network.build(seed=0)
+    weights = saved.section("best") if saved.metadata.get("kind") == "training" else saved.tensors
+    if not weights:
+        raise ValueError(f"{path} is from before the end of the first epoch: there are no best weights in it yet")
+    checkpoint.load_module(network, weights, str(path))
+    return run, network.eval()
+
+
+def options_in(tensors: Mapping[str, Tensor], model: str) -> dict[str, Any]:
+    """Options of one of hyperfast's own models, read off the weights of a file: width, channels and shortcut."""
+    if model not in models.names():
+        return {}
+    first = tensors.get("conv1.weight", tensors.get("features.0.weight"))
+    if first is None or first.ndim != 4:
+        return {}
+    options: dict[str, Any] = {"width": first.shape[0], "in_channels": first.shape[1]}
+    if model.startswith("resnet"):
+        options["shortcut"] = "B" if any(".downsample." in name for name in tensors) else "A"
+    return options
+
+
+def classes_in(tensors: Mapping[str, Tensor]) -> int | None:
+    """Width of the logits, where the last layer has one of the usual names."""
+    for name in _CLASSIFIERS:
+        if f"{name}.weight" in tensors:
+            return int(tensors[f"{name}.weight"].shape[0])
+    return None

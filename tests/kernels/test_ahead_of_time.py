@@ -1,0 +1,138 @@
+"""Every kernel, in every shipped configuration and dtype, compiled for three generations of GPUs. Needs no GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODULES = ("generate", "attention_transfer")
+DTYPES = ("float32", "float16", "bfloat16")
+# compute capability: bytes of shared memory a program may ask for. All stay under the smallest, that of consumer GPUs.
+CAPABILITIES = (80, 90, 100)
+SHARED_MEMORY = 99 * 1024
+REGISTERS = 65536  # of a multiprocessor
+# A loop's two addresses set aside before it and fetched after it, which sm_80 does once; never a value inside a loop.
+STACK = 8
+
+
+class Compiled(NamedTuple):
+    kernel: str
+    label: str
+    capability: int
+    warps: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    vector_loads: int
+
+    def __str__(self) -> str:
+        return f"sm_{self.capability} {self.kernel} [{self.label}]"
+
+
+def _compile(module: str, dtype: str, index: int, capability: int, cache: str) -> Compiled:
+    """Compile one configuration in a worker process. It is named, not passed: kernels do not pickle."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernels = import_module(f"hyperfast.kernels.triton.{module}")
+    form = list(kernels.configurations(getattr(torch, dtype)))[index]
+    source = ASTSource(form.kernel, form.signature, form.constants, dict(_aligned(form.signature)))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=form.options)
+    cubin = Path(cache) / f"{module}.{dtype}.{index}.{capability}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    usage = {name: int(re.search(rf"\b{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    cubin.unlink()
+    return Compiled(
+        form.kernel.__name__,
+        form.label,
+        capability,
+        form.options["num_warps"],
+        usage["REG"],
+        usage["STACK"],
+        usage["LOCAL"],
+        compiled.metadata.shared,
+        len(re.findall(r"ld\.global[.\w:]*\.v[48]\.b32|ld\.global[.\w:]*\.v2\.b64", compiled.asm["ptx"])),
+    )
+
+
+def _aligned(signature: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], list[Any]]]:
+    """What a launch tells Triton about pointers from torch: divisible by 16."""
+    for index, kind in enumerate(signature.values()):
+        if isinstance(kind, tuple):
+            yield from (((index, i), [["tt.divisibility", 16]]) for i, each in enumerate(kind) if each.startswith("*"))
+        elif kind.startswith("*"):
+            yield (index,), [["tt.divisibility", 16]]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1 decorates kernels for the interpreter; they cannot be compiled")
+    cache = str(tmp_path_factory.mktemp("triton"))
+    jobs = [
+        (module, dtype, index, capability, cache)
+        for module in MODULES
+        for dtype in DTYPES
+        for index, _ in enumerate(import_module(f"hyperfast.kernels.triton.{module}").configurations(getattr(torch, dtype)))
+        for capability in CAPABILITIES
+    ]
+    workers = max(1, min(8, len(os.sched_getaffinity(0))))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_compile, *zip(*jobs, strict=True)))
+
+
+def test_every_kernel_of_every_module_is_compiled(compiled: list[Compiled]) -> None:
+    names = {form.kernel for form in compiled}
+    for module in MODULES:
+        kernels = import_module(f"hyperfast.kernels.triton.{module}")
+        assert {name for name in vars(kernels) if name.endswith("_kernel")} <= names
+    files = Path(import_module("hyperfast.kernels.triton").__file__ or "").parent.glob("[!_]*.py")
+    assert {file.stem for file in files} == set(MODULES)
+    assert set(Counter(form.capability for form in compiled).values()) == {len(compiled) // len(CAPABILITIES)}
+
+
+def test_shared_memory_fits_every_gpu(compiled: list[Compiled]) -> None:
+    assert not [f"{form}: {form.shared} bytes" for form in compiled if form.shared > SHARED_MEMORY]
+
+
+def test_nothing_spills(compiled: list[Compiled]) -> None:
+    spilled = [f"{form}: stack {form.stack}, local {form.local}" for form in compiled if form.stack or form.local]
+    allowed = [f"{form}: stack {form.stack}, local 0" for form in compiled if form.capability == 80 and form.stack <= STACK]
+    assert not set(spilled) - set(allowed)
+
+
+def test_a_program_fits_a_multiprocessor(compiled: list[Compiled]) -> None:
+    assert not [f"{form}: {form.registers}" for form in compiled if form.registers * 32 * form.warps > REGISTERS]
+
+
+def test_maps_and_heads_are_read_in_vectors(compiled: list[Compiled]) -> None:
+    """16 bytes per thread where sizes allow it: on every configuration but those with odd sizes."""
+    scalar = [str(form) for form in compiled if not form.vector_loads]
+    assert not [name for name in scalar if "align=1" not in name and "(100, 50)" not in name and "widths=()" not in name]
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = "import sys, hyperfast.kernels, hyperfast.kernels.config, hyperfast.kernels.triton; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,128 @@
+"""The native module itself: its pool of host memory, its instruction sets, its independence of the thread count."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hyperfast.ops import _native
+
+pytestmark = pytest.mark.skipif(_native.missing() is not None, reason="the native module was not built")
+
+MEGABYTES = 1 << 20
+
+
+@pytest.fixture
+def pool():
+    _native.module().release_idle_host_blocks()
+    yield _native.module()
+    _native.module().release_idle_host_blocks()
+
+
+def test_a_large_block_is_used_again(pool):
+    first = _native.empty((8 * MEGABYTES,), torch.empty(0))
+    address = first.data_ptr()
+    assert address % 64 == 0
+    del first
+    assert pool.idle_host_bytes() == 32 * MEGABYTES
+    again = _native.empty((4, 2 * MEGABYTES), torch.empty(0))
+    assert again.data_ptr() == address
+    assert pool.idle_host_bytes() == 0
+
+
+def test_a_view_keeps_its_block(pool):
+    view = _native.empty((8 * MEGABYTES,), torch.empty(0))[5:9]
+    other = _native.empty((8 * MEGABYTES,), torch.empty(0))
+    view.fill_(3)
+    other.fill_(4)
+    assert view.tolist() == [3, 3, 3, 3]
+
+
+def test_idle_and_live_blocks_never_exceed_what_was_live_at_once(pool):
+    held = _native.empty((16 * MEGABYTES,), torch.empty(0))
+    for size in range(4, 15):
+        del held
+        held = _native.empty((size * MEGABYTES,), torch.empty(0))
+    assert pool.idle_host_bytes() + 14 * 4 * MEGABYTES <= 64 * MEGABYTES
+    assert pool.release_idle_host_blocks() >= 0
+    assert pool.idle_host_bytes() == 0
+
+
+def test_small_tensors_stay_out_of_the_pool(pool):
+    tensor = _native.empty((1000,), torch.empty(0))
+    del tensor
+    assert pool.idle_host_bytes() == 0
+
+
+def test_uninitialised_memory_is_poisoned_in_tests():
+    assert _native.empty((MEGABYTES,), torch.empty(0)).isnan().all()
+
+
+def test_empty_like_keeps_the_strides_of_a_dense_tensor():
+    features = torch.empty(8, 64, 32, 32).contiguous(memory_format=torch.channels_last)
+    assert _native.empty_like(features).stride() == features.stride()
+
+
+_COMPARE = """
+import torch, hyperfast
+from hyperfast import functional
+from hyperfast.ops import _native
+assert _native.module().instruction_set() == {wanted!r}, _native.module().instruction_set()
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    student = [torch.randn(3, 9, 7, 5).to(dtype).requires_grad_(), torch.randn(3, 8, 4, 8).to(dtype).requires_grad_()]
+    student[1] = student[1].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    teacher = [torch.randn(3, 4, 7, 5).to(dtype), torch.randn(3, 33, 4, 8).to(dtype)]
+    found = []
+    for backend in ("cpu", "reference"):
+        with hyperfast.use_backend(backend):
+            losses = functional.attention_transfer(student, teacher, p=3)
+            found.append([losses.detach(), *torch.autograd.grad(losses.sum() * 1000, student)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=2e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+weights = [torch.randn(5, 4, requires_grad=True), torch.randn(19, 5, requires_grad=True)]
+biases = [torch.randn(5, requires_grad=True), torch.randn(19, requires_grad=True)]
+head, theta0 = torch.randn(1001, 19, requires_grad=True), torch.randn(1001, requires_grad=True)
+condition = torch.rand(3, 2, requires_grad=True)
+found = []
+for backend in ("cpu", "reference"):
+    with hyperfast.use_backend(backend):
+        theta = functional.generate(condition, weights, biases, head, theta0)
+        found.append([theta.detach(), *torch.autograd.grad(theta.square().sum(), [condition, *weights, *biases, head, theta0])])
+for a, b in zip(*found):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+"""
+
+
+@pytest.mark.parametrize("wanted", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_computes_the_same(wanted):
+    order = ["baseline", "avx2", "avx512"]
+    widest = _native.module().instruction_set()
+    if order.index(wanted) > order.index(widest):
+        pytest.skip(f"the processor has no more than {widest}")
+    environment = {**os.environ, "HYPERFAST_INSTRUCTION_SET": wanted, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _COMPARE.format(wanted=wanted)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    head, theta0 = torch.randn(30_011, 24), torch.randn(30_011)
+    arguments = (torch.rand(1, 1, 12), [], [], head)
+    grad = torch.randn(1, 30_011)
+    options = (None, "cos|sin", "leaky_relu", 0.01)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            theta = torch.ops.hyperfast.generate(*arguments, theta0, *options)
+            results.append([theta, *torch.ops.hyperfast.generate_backward(grad, *arguments, *options)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
