@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from hyperfast import data
+from hyperfast.data import Augment, Splits, default_augment, load
 from hyperfast.recipes import TrainConfig
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -32,8 +32,9 @@ class DataOptions:
         allow_missing: CIFAR: do with the batch files that are there.
         size: folder: height and width in pixels to which images are brought.
         channels: folder: 3 (colour) or 1 (grey).
-        pad: augmentation: pixels of black around an image, of which a window is cut out at random. Default: 4; digits 1.
-        flip: augmentation: mirror images by chance. Default: yes; digits no.
+        pad: augmentation: pixels of black around an image, of which a window is cut out at random. Default: 4, for
+            digits 1.
+        flip: augmentation: mirror images by chance. Default: yes, for digits no.
     """
 
     dataset: str
@@ -46,19 +47,19 @@ class DataOptions:
     pad: int | None = None
     flip: bool | None = None
 
-    def load(self) -> data.Splits:
+    def load(self) -> Splits:
         """Read the images."""
         options: dict[str, Any] = {}
         if self.dataset.startswith("cifar"):
             options = {"allow_missing": self.allow_missing}
         elif self.dataset == "folder":
             options = {"size": self.size, "channels": self.channels}
-        return data.load(self.dataset, self.data, val_fraction=self.val_fraction, limit=self.limit, **options)
+        return load(self.dataset, self.data, val_fraction=self.val_fraction, limit=self.limit, **options)
 
-    def augment(self) -> data.Augment:
+    def augment(self) -> Augment:
         """The set's own augmentation, with what was asked for otherwise."""
-        own = data.default_augment(self.dataset)
-        return data.Augment(own.pad if self.pad is None else self.pad, own.flip if self.flip is None else self.flip)
+        own = default_augment(self.dataset)
+        return Augment(own.pad if self.pad is None else self.pad, own.flip if self.flip is None else self.flip)
 
     def settings(self) -> dict[str, Any]:
         """What a run depends on; where the files lie is not part of it."""
@@ -101,13 +102,14 @@ class HypernetOptions:
     def from_json(cls, values: Mapping[str, Any]) -> HypernetOptions:
         """Back from `asdict` and JSON, which has lists for tuples."""
         known = {field.name for field in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        restored: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**restored)
 
 
 @dataclass(frozen=True)
 class TrainOptions(TrainConfig):
     # The texts are those of TrainConfig. What augmentation suits is a question of the set: see DataOptions.
-    augment: tyro.conf.Suppress[data.Augment] = data.Augment()  # noqa: RUF009 - frozen
+    augment: tyro.conf.Suppress[Augment] = Augment()  # noqa: RUF009 - frozen
 
     def for_data(self, options: DataOptions) -> TrainConfig:
         """The settings of the run, with the augmentation that suits the set."""

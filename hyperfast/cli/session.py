@@ -71,8 +71,12 @@ def open_folder(run: Run, out: Path | None, default: str, resume: bool, console:
 
 def options(folder: Path, tensorboard: bool, console: Console) -> RunOptions:
     """How the recipe runs: into `folder`, going on with what is there, with a bar where somebody can see it."""
-    return {"folder": folder, "resume": (folder / CHECKPOINT).exists(), "progress": console.is_terminal,
-            "tensorboard": tensorboard}  # fmt: skip
+    return {
+        "folder": folder,
+        "resume": (folder / CHECKPOINT).exists(),
+        "progress": console.is_terminal,
+        "tensorboard": tensorboard,
+    }
 
 
 def announce(network: Network, model: nn.Module, splits: Splits, console: Console) -> None:
@@ -81,7 +85,7 @@ def announce(network: Network, model: nn.Module, splits: Splits, console: Consol
     kind = "" if network.hypernet is None else f", hypernetised (hidden {network.hypernet.hidden})"
     console.print(f"network: {network.model}{kind}, {count:,} parameters", markup=False, highlight=False)
     console.print(
-        f"images: {len(splits.train):,} to train with, {len(splits.val):,} for validation, {len(splits.test):,} to test",
+        f"images: {len(splits.train):,} for training, {len(splits.val):,} for validation, {len(splits.test):,} for testing",
         markup=False,
         highlight=False,
     )

@@ -63,8 +63,9 @@ run.json. Ctrl-C writes a checkpoint; the same command then goes on where it sto
         """Train, and print the table."""
         splits = self.source.load()
         config = self.training.for_data(self.source)
-        in_channels = splits.train.images.shape[1]
-        model_options = {**({} if in_channels == 3 else {"in_channels": in_channels}), **key_values(self.option, "--option")}
+        channels = splits.train.images.shape[1]
+        model_options = {} if channels == 3 else {"in_channels": channels}
+        model_options |= key_values(self.option, "--option")
         hypernet = self.hypernet if self.hypernetize else None
         network = Network(self.model, len(splits.train.classes), model_options, hypernet)
         model = network.build(config.seed, self.weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
-from hyperfast.ops import _native
+from hyperfast.ops import _native, _triton
 from hyperfast.ops._library import accumulator_dtype, register
 
 
@@ -61,6 +61,23 @@ def _cuda_supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any
     if positions > _CUDA_MOST_POSITIONS:
         return f"a map of {positions} positions; shared memory holds {_CUDA_MOST_POSITIONS}"
     return _cuda_supports_backward(student[0], [*student, *teacher])
+
+
+def _triton_supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> str | None:
+    reason: str | None = _triton.missing(student[0].device)
+    return reason or _triton.kernels("attention_transfer").supports(student, teacher)
+
+
+def _triton_supports_backward(_grad: Tensor, student: Sequence[Tensor], *_: Any) -> str | None:
+    return _triton_supports(student, student)
+
+
+def _triton_forward(*arguments: Any) -> Any:
+    return _triton.kernels("attention_transfer").forward(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> Any:
+    return _triton.kernels("attention_transfer").backward(*arguments)
 
 
 def _batches(taps: int) -> list[slice]:
@@ -134,6 +151,7 @@ forward_implementations = Dispatcher(
     [
         Implementation(Backend.CUDA, _native_forward, _cuda_supports),
         Implementation(Backend.CPU, _native_forward, _cpu_supports),
+        Implementation(Backend.TRITON, _triton_forward, _triton_supports),
         Implementation(Backend.REFERENCE, reference.attention_transfer_with_coefficients, _always),
     ],
 )
@@ -142,6 +160,7 @@ backward_implementations = Dispatcher(
     [
         Implementation(Backend.CUDA, _native_backward, _cuda_supports_backward),
         Implementation(Backend.CPU, _native_backward, _cpu_supports_backward),
+        Implementation(Backend.TRITON, _triton_backward, _triton_supports_backward),
         Implementation(Backend.REFERENCE, reference.attention_transfer_backward, _always),
     ],
 )

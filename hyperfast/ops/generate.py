@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
-from hyperfast.ops import _native
+from hyperfast.ops import _native, _triton
 from hyperfast.ops._library import accumulator_dtype, differentiate, register
 
 _ARGUMENTS = (
@@ -75,6 +75,23 @@ def _cuda_supports_backward(
 
 def _cuda_supports(condition: Tensor, *arguments: Any) -> str | None:
     return _cuda_supports_backward(condition, condition, *arguments)
+
+
+def _triton_supports(condition: Tensor, *arguments: Any) -> str | None:
+    reason: str | None = _triton.missing(condition.device)
+    return reason or _triton.kernels("generate").supports(condition, *arguments)
+
+
+def _triton_supports_backward(_grad: Tensor, *arguments: Any) -> str | None:
+    return _triton_supports(*arguments)
+
+
+def _triton_forward(*arguments: Any) -> Any:
+    return _triton.kernels("generate").forward(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> Any:
+    return _triton.kernels("generate").backward(*arguments)
 
 
 def _chunk(head: Tensor) -> int:
@@ -169,6 +186,7 @@ forward_implementations = Dispatcher(
     [
         Implementation(Backend.CUDA, _native_forward, _cuda_supports),
         Implementation(Backend.CPU, _native_forward, _cpu_supports),
+        Implementation(Backend.TRITON, _triton_forward, _triton_supports),
         Implementation(Backend.REFERENCE, reference.generate, _always),
     ],
 )
@@ -177,6 +195,7 @@ backward_implementations = Dispatcher(
     [
         Implementation(Backend.CUDA, _native_backward, _cuda_supports_backward),
         Implementation(Backend.CPU, _native_backward, _cpu_supports_backward),
+        Implementation(Backend.TRITON, _triton_backward, _triton_supports_backward),
         Implementation(Backend.REFERENCE, reference.generate_backward, _always),
     ],
 )

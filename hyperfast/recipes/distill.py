@@ -86,6 +86,11 @@ class DistillConfig:
         for name in self.losses:
             if name not in METHODS:
                 raise ValueError(f"there is no feature loss {name!r}; choose from {', '.join(map(repr, METHODS))}")
+            if self.tap_weights.schedule != "uniform" and "weights" in self.losses[name].options:
+                raise ValueError(
+                    f"loss {name!r} has weights among its options, and tap_weights has the schedule "
+                    f"{self.tap_weights.schedule!r}; give one of them"
+                )
         for name in ("cross_entropy_weight", "kd_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -145,6 +145,8 @@ def test_settings_that_cannot_be_are_named() -> None:
         DistillConfig({"attention": LossTerm()})
     with pytest.raises(ValueError, match=r"kd_weight is -1\.0; it must not be negative"):
         DistillConfig(kd_weight=-1.0)
+    with pytest.raises(ValueError, match=r"weights among its options, and tap_weights has the schedule 'travelling'"):
+        DistillConfig({"at": LossTerm(options={"weights": [1.0]})}, tap_weights=TapWeights("travelling"))
     with pytest.raises(ValueError, match="nothing to minimise"):
         DistillConfig({}, cross_entropy_weight=0.0)
 

@@ -22,6 +22,7 @@ import tiny_task
 from hyperfast.recipes import train
 
 folder, kill_at = Path(sys.argv[2]), int(sys.argv[3])
+data = tiny_task.splits(train=48, val=16, test=16)
 settings = tiny_task.config(epochs=2, checkpoint_every=2, log_every=3, ema=0.9)
 
 def kill(step):
@@ -29,9 +30,9 @@ def kill(step):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if kill_at:
-    train(tiny_task.network(), tiny_task.splits(train=48, val=16, test=16), settings, folder=folder / "killed", on_step=kill)
-train(tiny_task.network(seed=5), tiny_task.splits(train=48, val=16, test=16), settings, folder=folder / "killed", resume=True)
-train(tiny_task.network(), tiny_task.splits(train=48, val=16, test=16), settings, folder=folder / "whole")
+    train(tiny_task.network(), data, settings, folder=folder / "killed", on_step=kill)
+train(tiny_task.network(seed=5), data, settings, folder=folder / "killed", resume=True)
+train(tiny_task.network(), data, settings, folder=folder / "whole")
 """
 
 
