@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,13 +38,13 @@ def run_tests(op: Operation, device: torch.device, timeout: float = 600.0) -> Ve
         return Verdict(False, f"{op.tests} does not exist")
     selected = [op.tests] if device.type != "cuda" else ["tests", "-m", "gpu", "-k", op.gpu_tests]
     environment = {name: value for name, value in os.environ.items() if name != "HYPERFAST_BACKEND"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *selected]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return Verdict(False, f"{' '.join(selected)} ran longer than {timeout:.0f} s")
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    return Verdict(done.returncode == 0, lines[-1].strip("= ") if lines else done.stderr.strip()[-300:])
+    counts = [line.strip("= ") for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error|skipped)", line)]
+    return Verdict(done.returncode == 0, counts[-1] if counts else (done.stderr or done.stdout).strip()[-300:])
 
 
 def error(found: Tensor, truth: Tensor) -> float:

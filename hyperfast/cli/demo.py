@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 class Demo(DemoConfig):
     @staticmethod
     def help() -> str:
-        return """Train on handwritten digits, in a minute or two, without any files: a small teacher, and the same network with
-generated weights, learning from labels alone, from the teacher's attention maps, and from its logits. Prints a table
-and writes a page with curves and attention maps.
+        return """Train on handwritten digits, in a minute or two, without any files: a small teacher, and the same
+network with generated weights, learning from labels alone, from the teacher's attention maps, and from its logits. Prints a
+table and writes a page with curves and attention maps.
 
 Examples:
-
     hyperfast demo
     hyperfast demo --seeds 1 --out runs/quick"""
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hyperfast import models
 from hyperfast.cli.network import RUN, Network, classes_in, load_run, options_in
-from hyperfast.cli.options import DataOptions, HypernetOptions, Repeated, TrainOptions, key_values, nearest
+from hyperfast.cli.options import DataOptions, HypernetOptions, Repeated, TrainOptions, key_values
 from hyperfast.cli.session import announce, describe, open_folder, options, percent, summarise
+from hyperfast.cli.suggest import nearest
 from hyperfast.data import DeviceLoader
 from hyperfast.recipes import METHODS, DistillConfig, LossTerm, TapWeights, TrainConfig, distill, evaluate
 
@@ -37,12 +38,12 @@ class Distill:
     """Train a student with the help of a teacher.
 
     Attributes:
-        source: the images.
+        images: what to learn from.
         model: of the student; see "hyperfast train --help".
-        teacher: trained weights: a safetensors file, a state dict of torch.save, or the folder of a run of
-            "hyperfast train". Where the file names mean and std of its images, they are used for student and teacher.
+        teacher: trained weights: a safetensors file, a state dict of torch.save, or the folder that "hyperfast train"
+            wrote. Where the file names mean and std of its images, they are used for student and teacher.
         loss: at (attention transfer at the stages, weight 1000) or kd (softened logits, weight 1), with another weight
-            as at=200 or kd=0.9; may be given several times.
+            as at=200 or kd=0.9; may be given several times. Default: at.
         teacher_model: of the teacher. Default: that of --model, or what the run's own notes say.
         teacher_option: option of the teacher, such as shortcut=B or width=32; may be given several times. By default
             shortcut, width and channels of ResNets and VGGs are seen from the weights.
@@ -53,7 +54,8 @@ class Distill:
         hypernet: options of the hypernetwork.
         cross_entropy_weight: weight of the labels; 0 leaves them out.
         temperature: of the softened logits.
-        at: where the feature maps are read: stages, activations, or a glob over module paths; may be given several times.
+        at: where the feature maps are read: stages (the default), activations, or a glob over module paths; may be
+            given several times.
         teacher_at: the same for a teacher whose modules have other names.
         tap_schedule: shares of the feature maps in a loss: uniform, or travelling (from the first to the last).
         training: settings of the training.
@@ -63,10 +65,10 @@ class Distill:
         tensorboard: write TensorBoard events to OUT/tensorboard (extra 'tensorboard').
     """
 
-    source: DataOptions
+    images: DataOptions
     model: str
     teacher: Path
-    loss: Repeated = ("at",)
+    loss: Repeated = ()
     teacher_model: str | None = None
     teacher_option: Repeated = ()
     shortcut: Literal["A", "B"] | None = None
@@ -75,7 +77,7 @@ class Distill:
     hypernet: HypernetOptions = field(default_factory=HypernetOptions)
     cross_entropy_weight: float = 1.0
     temperature: float = 4.0
-    at: Repeated = ("stages",)
+    at: Repeated = ()
     teacher_at: Repeated = ()
     tap_schedule: Literal["uniform", "travelling"] = "uniform"
     training: TrainOptions = field(default_factory=TrainOptions)
@@ -88,7 +90,6 @@ class Distill:
         return """Train a student, whose weights come from a hypernetwork, with the help of a trained teacher.
 
 Examples:
-
     hyperfast distill --dataset cifar10 --data DIR --model resnet20 --teacher cifar10_resnet20.safetensors \\
                       --loss at --epochs 3
     hyperfast distill --dataset cifar10 --data DIR --model resnet20 --teacher resnet56.pt --teacher-model resnet56 \\
@@ -100,9 +101,9 @@ as in "hyperfast train"."""
 
     def run(self, console: Console) -> None:
         """Measure the teacher, train the student, and print the table."""
-        config = self.training.for_data(self.source)
+        config = self.training.for_data(self.images)
         distillation = self._distillation()
-        splits = self.source.load()
+        splits = self.images.load()
         spec, teacher = self._teacher(splits)
         if teacher.mean is not None and teacher.std is not None:
             splits = splits.normalised(teacher.mean, teacher.std)
@@ -121,11 +122,11 @@ as in "hyperfast train"."""
             splits,
             config,
             command="distill",
-            data=self.source.settings(),
+            data=self.images.settings(),
             teacher={"network": asdict(spec), "sha256": _digest(self.teacher)},
             distillation=asdict(distillation),
         )
-        name = f"distill-{self.source.dataset}-{self.model.replace(':', '-')}"
+        name = f"distill-{self.images.dataset}-{self.model.replace(':', '-')}"
         folder = open_folder(run, self.out, name, self.resume, console)
         announce(network, student, splits, console)
         how = options(folder, self.tensorboard, console)
@@ -133,14 +134,14 @@ as in "hyperfast train"."""
         summarise(result, folder, console, {f"teacher, {_judge(splits)[0]} accuracy": accuracy})
 
     def _distillation(self) -> DistillConfig:
-        weights = parse_losses(self.loss)
+        weights = parse_losses(self.loss or ("at",))
         kd = weights.pop("kd", 0.0)
         return DistillConfig(
             losses={name: LossTerm(weight) for name, weight in weights.items()},
             cross_entropy_weight=self.cross_entropy_weight,
             kd_weight=_KD_WEIGHT if kd is None else kd,
             temperature=self.temperature,
-            at=_taps(self.at),
+            at=_taps(self.at or ("stages",)),
             teacher_at=_taps(self.teacher_at) if self.teacher_at else None,
             tap_weights=TapWeights(self.tap_schedule),
         )
@@ -243,7 +244,7 @@ def _numbers(metadata: dict[str, str], key: str, channels: int, path: Path) -> t
     except ValueError:
         raise ValueError(f"{path}: its metadata say {key} is {metadata[key]!r}, which are no numbers") from None
     if len(values) != channels:
-        raise ValueError(f"{path}: its metadata have {len(values)} values of {key}; the images have {channels} channels")
+        raise ValueError(f"{path}: its metadata give {key} for {len(values)} channels; the images have {channels}")
     return values
 
 

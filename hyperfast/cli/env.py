@@ -21,7 +21,6 @@ class Env:
 for, and the HYPERFAST_* variables in force.
 
 Example:
-
     hyperfast env"""
 
     def run(self, console: Console) -> None:

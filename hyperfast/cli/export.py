@@ -37,14 +37,13 @@ class Export:
 
     checkpoint: tyro.conf.Positional[Path]
     out: Path
-    condition: tuple[float, ...] = ()
+    condition: tuple[float, ...] | None = None
 
     @staticmethod
     def help() -> str:
         return """Bake the weights of a trained hypernetwork into an ordinary network, and write that.
 
 Examples:
-
     hyperfast export runs/distill-cifar10-resnet20 --out resnet20.safetensors
     hyperfast export runs/family/last.safetensors --condition 0.3 --out at_0.3.onnx
 
@@ -79,8 +78,8 @@ The safetensors file can be the teacher of "hyperfast distill", and hyperfast.mo
 
     def _plain(self, run: Run, network: nn.Module) -> nn.Module:
         if isinstance(network, Hypernetwork):
-            return network.materialize(torch.tensor(self.condition) if self.condition else None).eval()
-        if self.condition:
+            return network.materialize(torch.tensor(self.condition) if self.condition is not None else None).eval()
+        if self.condition is not None:
             raise ValueError(f"{self.checkpoint} is an ordinary {run.network.model}: it has no --condition")
         return network
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -133,8 +132,3 @@ def key_values(given: Sequence[str], flag: str) -> dict[str, Any]:
             found[key] = value
     return found
 
-
-def nearest(given: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)`, or nothing."""
-    matches = difflib.get_close_matches(given, list(known), n=2, cutoff=0.5)
-    return f" (did you mean {' or '.join(matches)}?)" if matches else ""

@@ -84,11 +84,9 @@ def announce(network: Network, model: nn.Module, splits: Splits, console: Consol
     count = sum(parameter.numel() for parameter in model.parameters())
     kind = "" if network.hypernet is None else f", hypernetised (hidden {network.hypernet.hidden})"
     console.print(f"network: {network.model}{kind}, {count:,} parameters", markup=False, highlight=False)
-    console.print(
-        f"images: {len(splits.train):,} for training, {len(splits.val):,} for validation, {len(splits.test):,} for testing",
-        markup=False,
-        highlight=False,
-    )
+    sizes = {"training": splits.train, "validation": splits.val, "testing": splits.test}
+    parts = ", ".join(f"{len(images):,} for {purpose}" for purpose, images in sizes.items())
+    console.print(f"images: {parts}", markup=False, highlight=False)
 
 
 def summarise(result: TrainResult, folder: Path, console: Console, extra: Mapping[str, float | None] = {}) -> None:

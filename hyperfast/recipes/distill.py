@@ -102,13 +102,13 @@ class Distillation:
     """The objective of `distill`.
 
     Args:
-        teacher: on the device of the run; put into eval mode while the run lasts.
+        teacher: on the device of the run; a copy of it in eval mode is used, its batch norms folded.
         config: the terms and their weights.
         label_smoothing: of the cross-entropy.
     """
 
     def __init__(self, teacher: nn.Module, config: DistillConfig, label_smoothing: float = 0.0) -> None:
-        self.teacher, self.config, self.label_smoothing = teacher, config, label_smoothing
+        self.teacher, self.config, self.label_smoothing = _frozen(teacher, config), config, label_smoothing
         self.modules = nn.ModuleDict(
             {name: METHODS[name].build(**term.options) for name, term in config.losses.items()}
         )
@@ -121,21 +121,17 @@ class Distillation:
 
     @contextlib.contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Open the taps, and keep the teacher in eval mode: its statistics must not move."""
-        config, training = self.config, self.teacher.training
-        self.teacher.eval()
+        """Open the taps."""
+        config = self.config
+        if not config.losses:
+            yield
+            return
+        taps = surgery.taps(model, self.teacher, at=config.at, teacher_at=config.teacher_at, clone=config.clone_taps)
         try:
-            if not config.losses:
-                yield
-                return
-            taps = surgery.taps(
-                model, self.teacher, at=config.at, teacher_at=config.teacher_at, clone=config.clone_taps
-            )
             with taps as self._taps:
                 yield
         finally:
             self._taps = None
-            self.teacher.train(training)
 
     def __call__(
         self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, progress: float
@@ -177,6 +173,13 @@ class Distillation:
         return weighted
 
 
+def _frozen(teacher: nn.Module, config: DistillConfig) -> nn.Module:
+    """A copy in eval mode, with batch norm folded wherever no tap looks."""
+    at = config.at if config.teacher_at is None else config.teacher_at
+    tapped = {tap.path for tap in surgery.find_taps(teacher, at)} if config.losses else set()
+    return surgery.fold_batch_norm(teacher, keep=tapped)
+
+
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -190,7 +193,7 @@ def distill(
     Args:
         student: maps images to logits; any module, also a `Hypernetwork`. Trained in place, moved to `config.device`.
         teacher: a trained network; of another architecture too, as long as the numbers of taps agree. It is moved to
-            `config.device`, runs in eval mode and is not changed.
+            `config.device` and not changed otherwise: what runs is a copy in eval mode with its batch norms folded.
         data: as in `train`; the images must be normalised as the teacher expects.
         config: settings of the training; default `TrainConfig()`.
         distillation: the losses and their weights; default attention transfer at the stages with weight 1000.

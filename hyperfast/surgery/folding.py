@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
+def fold_batch_norm(model: nn.Module, keep: Collection[str] = ()) -> nn.Module:
     r"""A copy of `model` in eval mode whose batch norms are folded into the layers before them.
 
     .. math::
@@ -30,6 +30,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Args:
         model: a layer is folded where `torch.fx` shows that the norm is the only reader of its output, and that both
             are called once. A model that cannot be traced is copied as it is, with a warning in the log.
+        keep: paths of layers and norms that are left as they are, for instance because they are tapped.
 
     Returns:
         The copy; its outputs agree to rounding.
@@ -41,6 +42,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         _log.warning("batch norm is not folded, %s cannot be traced: %s", type(model).__name__, error)
         return model
     for layer, norm in list(_pairs(model, graph)):
+        if layer in keep or norm in keep:
+            continue
         _fold(model.get_submodule(layer), model.get_submodule(norm))
         parent, _, name = norm.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.Identity().eval())

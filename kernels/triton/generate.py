@@ -525,7 +525,7 @@ def _feature_gradient(
     D: tl.constexpr, WIDTHS: tl.constexpr, H: tl.constexpr, ENCODING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dL/d(what layer LAYER reads), `[R, N]`."""
-    if LAYER == len(WIDTHS):
+    if len(WIDTHS) == LAYER:
         return _reduced(partial, rows, row_mask, columns, offsets, B, S, chunk, programs, H)
     else:
         IN: tl.constexpr = _input_width(LAYER, D, WIDTHS, ENCODING)
@@ -738,7 +738,8 @@ def generate_backward_kernel(
         if offsets is not None:
             z = trunk_scratch + B * S * Z
         _trunk_backward(
-            d_condition, d_trunk, partial, condition, z, d_z, weights, biases, offsets, B, S, chunk, tl.num_programs(0), negative_slope,
+            d_condition, d_trunk, partial, condition, z, d_z, weights, biases, offsets,
+            B, S, chunk, tl.num_programs(0), negative_slope,
             D, WIDTHS, H, ENCODING, ACTIVATION, PRECISION, ROWS,
         )  # fmt: skip
 

@@ -114,7 +114,7 @@ def test_maps_of_one_channel_and_one_position_alone(kernels: ModuleType) -> None
 
 def test_many_taps_and_samples(kernels: ModuleType) -> None:
     taps = [(2, 3, (3, 2 + i)) for i in range(17)]
-    check(kernels, maps(taps, 0, batch=5), maps(taps, 1, batch=5))
+    check(kernels, maps(taps, 0), maps(taps, 1))
     check(kernels, maps(taps[:1], 0, batch=70), maps(taps[:1], 1, batch=70))
 
 

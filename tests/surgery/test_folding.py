@@ -78,3 +78,13 @@ def test_a_model_that_cannot_be_traced_is_copied(caplog: pytest.LogCaptureFixtur
     model = _Untraceable().eval()
     assert isinstance(fold_batch_norm(model).norm, nn.BatchNorm2d)
     assert "_Untraceable cannot be traced" in caplog.text
+
+
+def test_what_is_tapped_is_kept() -> None:
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)]
+    model, x = _trained(nn.Sequential(*layers), 2, 3, 8, 8)
+    folded = fold_batch_norm(model, keep=["0"])
+    assert isinstance(folded[1], nn.BatchNorm2d)
+    assert isinstance(folded[3], nn.Identity)
+    torch.testing.assert_close(folded[0](x), model[0](x))
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
