@@ -1,4 +1,4 @@
-"""What the kernels' launch functions share: block sizes, grids, 64-bit helpers and the tickets of one-launch reductions.
+"""What the kernels' launch functions share: block sizes, grids and the tickets of one-launch reductions.
 
 Imports torch only, so that it may be read (and tested) where Triton is not installed.
 """
@@ -72,7 +72,7 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One compiled form of a kernel, as the launch functions would ask for it; the ahead-of-time tests compile them all.
+    """One compiled form of a kernel, as a launch would ask for it; the ahead-of-time tests compile them all.
 
     Attributes:
         label: what makes it different from the others.

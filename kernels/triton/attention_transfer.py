@@ -123,7 +123,7 @@ def _energy(
 
 @triton.jit
 def _energy_any(target, source, C, N, POWER: tl.constexpr, LAST: tl.constexpr):
-    """`_energy` with tiles of 4096 elements shaped for the map: long along the contiguous dimension, no longer than it."""
+    """`_energy` with tiles of 4096 elements shaped for the map: as long as its contiguous dimension, about."""
     if LAST:
         if C >= 64:
             _energy(target, source, C, N, POWER, LAST, 64, 64)
@@ -238,7 +238,8 @@ def attention_transfer_forward_kernel(
                 b = first + tl.arange(0, 64)
                 mask = (taps < TAPS)[:, None] & (b < B)[None, :]
                 # .cg: other multiprocessors wrote this, the first-level cache does not know.
-                acc += tl.load(sample_losses + taps[:, None] * B + b[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+                source = sample_losses + taps[:, None] * B + b[None, :]
+                acc += tl.load(source, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(losses + taps, tl.sum(acc, 1), mask=taps < TAPS)
 
 

@@ -446,7 +446,8 @@ def _backward_rows(
         tile = lanes * H + columns
         mask = inside & (columns < H)
         w = tl.load((head + row * H) + tile, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        g = tl.load((grad + row) + (batch.to(tl.int64) * P + lanes), mask=(batch < B) & inside, other=0.0).to(tl.float32)
+        given = (grad + row) + (batch.to(tl.int64) * P + lanes)
+        g = tl.load(given, mask=(batch < B) & inside, other=0.0).to(tl.float32)
         tl.store((d_head + row * H) + tile, tl.sum(g * x, 0, keep_dims=True), mask=mask)
         acc += g * w
     rows = tl.arange(0, BLOCK_B)[:, None]

@@ -1,0 +1,219 @@
+// Runs the kernels' bodies on a Block shaped like a GPU's (several groups of lanes, vectors of four) and on the
+// processor's own, and fails where they differ. What only a GPU has, concurrency, is not tested here.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "common/attention_transfer.h"
+#include "common/generate.h"
+#include "cpu/group.h"
+
+using namespace hyperfast;
+namespace native = hyperfast::HYPERFAST_ISA;
+
+namespace {
+
+constexpr int kGroups = 8, kWidth = 4;
+
+struct GpuLanes : native::Lanes<float> {
+  int64_t group = 0;
+  int64_t index() const { return group; }
+
+  // As in cuda/group.cuh: four at a time where the length allows it, else one.
+  template <class F>
+  void for_each(int64_t n, F f) const {
+    if (n % kWidth == 0) {
+      for (int64_t i = 0; i < n; i += kWidth) f(native::Positions<kWidth>{i});
+    } else {
+      for (int64_t i = 0; i < n; ++i) f(native::Positions<1>{i});
+    }
+  }
+  template <int R, class F>
+  void sums(int64_t n, float (&totals)[R], F f) const {
+    for (int r = 0; r < R; ++r) totals[r] = 0;
+    for_each(n, [&](auto i) {
+      for (int r = 0; r < R; ++r) totals[r] += native::add_up<float, decltype(i)::width>(f(r, i));
+    });
+  }
+  template <class F>
+  float sum(int64_t n, F f) const {
+    float total[1];
+    sums(n, total, [&](int, auto i) { return f(i); });
+    return total[0];
+  }
+};
+
+struct GpuBlock {
+  using Acc = float;
+  template <class F>
+  void for_each(int64_t n, F f) const {
+    for (int64_t k = n - 1; k >= 0; --k) f(k);  // no body may rely on the order
+  }
+  template <class F>
+  void partition(int64_t begin, int64_t end, F f) const {
+    GpuLanes lanes;
+    for (int64_t group = kGroups - 1; group >= 0; --group) {
+      lanes.group = group;
+      for (int64_t k = begin + group; k < end; k += kGroups) f(k, lanes);
+    }
+  }
+  template <class F>
+  float sum(int64_t n, F f) const {
+    GpuLanes lanes;
+    return lanes.sum(n, [&](auto i) { return f(i, lanes); });
+  }
+  template <class F>
+  void once(F f) const { f(); }
+  void sync() const {}
+  int64_t lane_groups() const { return kGroups; }
+};
+
+std::mt19937 generator(0);
+
+std::vector<float> draw(int64_t count) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count + 1);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+int failures = 0;
+
+void compare(const char* what, const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, size = 0;
+  for (size_t k = 0; k < a.size(); ++k) {
+    difference = std::max(difference, std::fabs(double(a[k]) - b[k]));
+    size = std::max(size, std::fabs(double(b[k])));
+    if (std::isnan(a[k]) != std::isnan(b[k])) difference = INFINITY;
+  }
+  const bool ok = difference <= 1e-4 * (size + 1e-6);
+  if (!ok) ++failures;
+  std::printf("%-40s %s (difference %g of %g)\n", what, ok ? "same" : "DIFFERENT", difference, size);
+}
+
+struct Generated {
+  std::vector<float> theta, d_condition, d_trunk, d_head;
+};
+
+template <class Block>
+Generated generate(GenerateParams p, int64_t trunk_size) {
+  Block block;
+  Generated out{std::vector<float>(p.batch * p.rows, NAN), std::vector<float>(p.batch * p.segments * p.condition_size, NAN),
+                std::vector<float>(trunk_size + 1, 0.f), std::vector<float>(p.rows * p.hidden, NAN)};
+  std::vector<float> workspace(generate_workspace_size(p), NAN);
+  native::Scratch<float> scratch(p.batch * (trunk_floats(p) + block.lane_groups() * p.hidden));
+  p.theta = out.theta.data();
+  p.d_condition = out.d_condition.data();
+  p.d_trunk = out.d_trunk.data();
+  p.d_head = out.d_head.data();
+  p.workspace = workspace.data();
+  for (int64_t chunk = 0; chunk < chunk_count(p); ++chunk) generate_chunk<float>(block, p, chunk, scratch.data());
+  for (int64_t chunk = 0; chunk < chunk_count(p); ++chunk) generate_backward_chunk<float>(block, p, chunk, scratch.data());
+  generate_finish<float>(block, p);
+  return out;
+}
+
+void test_generate(int64_t batch, std::vector<int64_t> offsets, std::vector<int64_t> widths, int64_t rows, int64_t chunk) {
+  GenerateParams p;
+  p.batch = batch;
+  p.segments = offsets.empty() ? 1 : int64_t(offsets.size()) - 1;
+  p.condition_size = 2;
+  p.rows = rows;
+  p.layers = int(widths.size());
+  p.chunk = chunk;
+  p.activation = Activation::kGelu;
+  std::vector<std::vector<float>> parameters;
+  int64_t in = 4, trunk_size = 0;
+  for (int layer = 0; layer < p.layers; ++layer) {
+    p.widths[layer] = widths[layer];
+    parameters.push_back(draw(in * widths[layer]));
+    parameters.push_back(draw(widths[layer]));
+    trunk_size += (in + 1) * widths[layer];
+    in = widths[layer];
+  }
+  for (int layer = 0; layer < p.layers; ++layer) {
+    p.weight[layer] = parameters[2 * layer].data();
+    p.bias[layer] = parameters[2 * layer + 1].data();
+  }
+  p.hidden = in;
+  const auto condition = draw(batch * p.segments * 2), head = draw(rows * in), theta0 = draw(rows), grad = draw(batch * rows);
+  p.condition = condition.data();
+  p.head = head.data();
+  p.theta0 = theta0.data();
+  p.grad = grad.data();
+  p.offsets = offsets.empty() ? nullptr : offsets.data();
+  const Generated a = generate<GpuBlock>(p, trunk_size), b = generate<native::Block<float>>(p, trunk_size);
+  compare("theta", a.theta, b.theta);
+  compare("d_condition", a.d_condition, b.d_condition);
+  compare("d_trunk", a.d_trunk, b.d_trunk);
+  compare("d_head", a.d_head, b.d_head);
+}
+
+struct Attention {
+  std::vector<float> losses, coefficients, gradient;
+};
+
+template <class Block>
+Attention attend(AttentionParams p, int64_t positions, int64_t elements) {
+  Block block;
+  Attention out{std::vector<float>(p.taps, NAN), std::vector<float>(positions, NAN), std::vector<float>(elements, NAN)};
+  std::vector<float> shares(p.items, NAN), grad(p.taps, 2.f);
+  native::Scratch<float> scratch(attention_scratch(p, block.lane_groups()));
+  p.losses = out.losses.data();
+  p.sample_losses = shares.data();
+  p.coefficients = out.coefficients.data();
+  p.grad = grad.data();
+  int64_t first = 0;
+  for (int tap = 0; tap < p.taps; ++tap) {
+    p.tap[tap].d_student = out.gradient.data() + first;
+    first += p.tap[tap].batch * p.tap[tap].student.channels * p.tap[tap].positions;
+  }
+  for (int64_t item = 0; item < p.items; ++item) attention_item<2, float>(block, p, item, scratch.data());
+  attention_finish(block, p);
+  for (int64_t item = 0; item < p.items; ++item) attention_backward_item<2, float>(block, p, item);
+  return out;
+}
+
+void test_attention(AttentionMode mode, bool channels_last) {
+  const int64_t shapes[][4] = {{3, 5, 7, 42}, {3, 16, 16, 64}, {3, 33, 8, 17}};  // batch, channels (student, teacher), positions
+  AttentionParams p;
+  p.mode = mode;
+  std::vector<std::vector<float>> maps;
+  int64_t positions = 0, elements = 0;
+  for (const auto& [batch, student, teacher, count] : shapes) {
+    maps.push_back(draw(batch * student * count));
+    maps.push_back(draw(batch * teacher * count));
+    AttentionTap& tap = p.tap[p.taps++];
+    tap.student = {nullptr, student, channels_last};
+    tap.teacher = {nullptr, teacher, channels_last};
+    tap.batch = batch;
+    tap.positions = count;
+    tap.first_item = p.items;
+    tap.first_coefficient = positions;
+    p.items += batch;
+    positions += batch * count;
+    elements += batch * student * count;
+    p.max_positions = std::max(p.max_positions, count);
+  }
+  for (int tap = 0; tap < p.taps; ++tap) {
+    p.tap[tap].student.data = maps[2 * tap].data();
+    p.tap[tap].teacher.data = maps[2 * tap + 1].data();
+  }
+  const Attention a = attend<GpuBlock>(p, positions, elements), b = attend<native::Block<float>>(p, positions, elements);
+  compare("losses", a.losses, b.losses);
+  compare("coefficients", a.coefficients, b.coefficients);
+  compare("gradient", a.gradient, b.gradient);
+}
+
+}  // namespace
+
+int main() {
+  test_generate(1, {}, {16, 64}, 1003, 100);
+  test_generate(3, {}, {5, 7}, 77, 16);
+  test_generate(1, {0, 1, 17, 256, 300}, {16, 32}, 300, 64);
+  test_generate(2, {0, 0, 150, 300}, {}, 300, 32);
+  for (AttentionMode mode : {AttentionMode::kCode, AttentionMode::kPaper, AttentionMode::kZoo})
+    for (bool channels_last : {false, true}) test_attention(mode, channels_last);
+  return failures ? 1 : 0;
+}
