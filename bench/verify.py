@@ -43,7 +43,8 @@ def run_tests(op: Operation, device: torch.device, timeout: float = 600.0) -> Ve
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return Verdict(False, f"{' '.join(selected)} ran longer than {timeout:.0f} s")
-    counts = [line.strip("= ") for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error|skipped)", line)]
+    lines = [line.strip("= ") for line in done.stdout.splitlines()]
+    counts = [line for line in lines if re.search(r"\d+ (passed|failed|error|skipped)", line)]
     return Verdict(done.returncode == 0, counts[-1] if counts else (done.stderr or done.stdout).strip()[-300:])
 
 

@@ -118,7 +118,7 @@ def generate(
     with torch.autocast(condition.device.type, enabled=False):
         theta: Tensor = run(*arguments)
     batched = condition.ndim == (2 if offsets is None else 3)
-    return theta if batched else theta[0]
+    return theta if batched else theta.squeeze(0)  # a view both ways; indexing would copy the gradient
 
 
 def _condition_rows(condition: Tensor, offsets: Tensor | None) -> Tensor:

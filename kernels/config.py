@@ -33,11 +33,6 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def index_bits(count: int) -> int:
-    """32 where offsets into `count` elements fit in a signed 32-bit integer, else 64."""
-    return 32 if count - 1 <= INT32_MAX else 64
-
-
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`; 2 in the interpreter, which runs programs one after another."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,10 @@ def _write_onnx(model: nn.Module, run: Run, path: Path) -> None:
             ".pt2 or .safetensors",
             name=missing[0],
         )
+    # The exporter talks about itself: packages it could use, deprecations in its own calls.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
             (_example(run),),

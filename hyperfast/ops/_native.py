@@ -19,6 +19,7 @@ except ImportError as error:  # a pure Python install
 # As enum DType in csrc/include/hyperfast/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
+_ELEMENTS_PER_THREAD = 1 << 15  # torch's own grain size
 # Below this an ordinary allocation comes from memory that the C library keeps.
 _POOLED_BYTES = 1 << 20
 
@@ -71,13 +72,16 @@ def empty_like(tensor: Tensor) -> Tensor:
     return dense.permute([order.index(d) for d in range(tensor.ndim)])
 
 
-def launch(name: str, params: Any, like: Tensor, *ticket: int) -> None:
+def launch(name: str, params: Any, like: Tensor, work: int, *ticket: int) -> None:
     """Call `name` of the native module for the device of `like`: on torch's threads, or on its current stream.
 
-    `ticket`: address of the 4 bytes by which the blocks of a CUDA launch count themselves.
+    Args:
+        work: elements that the kernel reads; little work is not worth waking a thread.
+        ticket: address of the 4 bytes by which the blocks of a CUDA launch count themselves.
     """
     if like.device.type == "cpu":
-        getattr(_C, f"{name}_cpu")(params, torch.get_num_threads())
+        threads = min(torch.get_num_threads(), 1 + work // _ELEMENTS_PER_THREAD)
+        getattr(_C, f"{name}_cpu")(params, threads)
     else:
         index = like.device.index
         getattr(_C, f"{name}_cuda")(params, *ticket, torch.cuda.current_stream(index).cuda_stream, index)

@@ -112,7 +112,8 @@ def _native_forward(
         # One loss per sample, and the ticket of the CUDA launch behind them.
         scratch = losses.new_empty(sum(s.shape[0] for s in student[run]) + 1)
         params.set_forward(losses[run].data_ptr(), scratch.data_ptr(), coefficients[first:].data_ptr())
-        _native.launch("attention_transfer_forward", params, losses, scratch[-1:].data_ptr())
+        work = sum(features.numel() for features in (*student[run], *teacher[run]))
+        _native.launch("attention_transfer_forward", params, losses, work, scratch[-1:].data_ptr())
         first += coefficient_count(student[run])
     return losses, coefficients
 
@@ -133,9 +134,10 @@ def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tens
                 student_last=_is_channels_last(s),
                 d_student=d.data_ptr(),
             )
-        written = sum(d.numel() * d.element_size() for d in gradients[run])
-        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), written > _CACHE_BYTES)
-        _native.launch("attention_transfer_backward", params, grad)
+        work = sum(s.numel() for s in maps[run])
+        past_caches = work * maps[0].element_size() > _CACHE_BYTES
+        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), past_caches)
+        _native.launch("attention_transfer_backward", params, grad, work)
         first += coefficient_count(maps[run])
     return [_strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
 

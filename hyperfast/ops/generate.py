@@ -150,7 +150,7 @@ def _native_forward(
     theta = _native.empty((condition.shape[0], head.shape[0]), head)
     params = _params(condition, weights, biases, head, offsets, encoding, activation, negative_slope)
     params.set_forward(theta0.data_ptr(), theta.data_ptr())
-    _native.launch("generate_forward", params, head)
+    _native.launch("generate_forward", params, head, head.numel())
     return theta
 
 
@@ -177,7 +177,7 @@ def _native_backward(
     params.set_backward(
         grad.data_ptr(), d_condition.data_ptr(), d_trunk.data_ptr(), d_head.data_ptr(), workspace.data_ptr()
     )
-    _native.launch("generate_backward", params, head, workspace[-1:].data_ptr())
+    _native.launch("generate_backward", params, head, head.numel(), workspace[-1:].data_ptr())
     return d_condition, d_trunk, d_head
 
 
@@ -241,7 +241,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = d_trunk.split(sizes)
     d_weights = [part.view(weight.shape) for part, weight in zip(parts[::2], weights, strict=True)]
     # One condition: theta0's gradient is the incoming gradient itself, no copy.
-    d_theta0 = grad[0] if grad.shape[0] == 1 else grad.sum(0)
+    d_theta0 = grad.squeeze(0) if grad.shape[0] == 1 else grad.sum(0)
     return d_condition, d_weights, list(parts[1::2]), d_head, d_theta0, None, None, None, None
 
 

@@ -64,8 +64,8 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     seeds: int = 3
-    epochs: int = 30
-    train_images: int = 100
+    epochs: int = 60
+    train_images: int = 50
     teacher_epochs: int = 15
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ def test_compiles_without_spills(source, arch, load_setup, tmp_path):
     assert finished.returncode == 0, finished.stderr
     report = finished.stdout + finished.stderr
     assert "Compiling entry function" in report, "the file holds no kernel"
-    entries = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", report, re.S)
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    entries = re.findall(pattern, report, re.DOTALL)
     spilling = {name: (int(stores), int(loads)) for name, stores, loads in entries if int(stores) or int(loads)}
     assert not spilling

@@ -1,5 +1,6 @@
 """setup.py: what is packaged, and the switches of the build."""
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -43,14 +44,13 @@ def test_typed_and_stubbed(root, load_setup):
 
 
 def test_the_version_stands_in_one_place(root):
-    assert re.search(r'^version = \{ attr = "hyperfast\.version\.__version__" \}', (root / "pyproject.toml").read_text(), re.M)
+    project = (root / "pyproject.toml").read_text()
+    assert re.search(r'^version = \{ attr = "hyperfast\.version\.__version__" \}', project, re.M)
     written = [file for file in (root / "hyperfast").glob("*.py") if re.search(r'__version__ = "', file.read_text())]
     assert written == [root / "hyperfast" / "version.py"]
     assert hyperfast.__version__ in (root / "CHANGELOG.md").read_text()
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # built in place, not installed
         assert importlib.metadata.version("hyperfast") == hyperfast.__version__
-    except importlib.metadata.PackageNotFoundError:
-        pass  # built in place, not installed
 
 
 def test_every_configuration_has_a_build_folder_of_its_own(load_setup):
@@ -73,7 +73,7 @@ def test_cuda_and_its_architectures_are_part_of_the_build_folder(load_setup, tmp
     with_cuda = load_setup(HYPERFAST_CUDA="1", CUDA_HOME=str(tmp_path))[0]
     one_arch = load_setup(HYPERFAST_CUDA="1", CUDA_HOME=str(tmp_path), HYPERFAST_CUDA_ARCHS="90")[0]
     assert len({module.build_key() for module in (without, with_cuda, one_arch)}) == 3
-    assert one_arch.NVCC == compiler
+    assert compiler == one_arch.NVCC
     assert "-gencode=arch=compute_90,code=sm_90" in one_arch.nvcc_flags()
     assert "-gencode=arch=compute_90,code=compute_90" in one_arch.nvcc_flags()
     assert not [flag for flag in with_cuda.nvcc_flags() + with_cuda.cxx_flags() if "fast" in flag and "math" in flag]

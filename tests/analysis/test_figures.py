@@ -1,0 +1,70 @@
+"""Charts and pictures as text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from hyperfast.analysis import Curve, curves_svg, png_uri
+
+pytest.importorskip("matplotlib")
+
+
+def test_band_is_mean_lowest_and_highest_of_the_finite_values() -> None:
+    mean, low, high = Curve("a", [[1.0, 2.0, 3.0], [3.0, math.nan]]).band()
+    assert (mean, low, high) == ([2.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, 2.0, 3.0])
+
+
+def test_chart_is_one_svg_element_in_the_colours_of_the_page() -> None:
+    curves = [Curve("first", [[0.2, 0.5, 0.8], [0.3, 0.6, 0.9]]), Curve("second <&>", [[0.1, 0.2]])]
+    text = curves_svg(curves, ylabel="accuracy", percent=True, reference=("teacher", 0.95))
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "width" not in root.attrib and "viewBox" in root.attrib
+    shown = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"first", "second <&>", "teacher", "accuracy", "epoch"} <= shown
+    assert any(label and label.endswith("%") for label in shown)
+    assert "currentColor" in text and "#010203" not in text
+    assert "font-family" not in text and "<metadata" not in text
+
+
+def test_chart_does_not_depend_on_the_users_settings_and_leaves_them() -> None:
+    import matplotlib
+
+    curves = [Curve("a", [[2.0, 1.0]])]
+    expected = curves_svg(curves, ylabel="loss", log=True)
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True}):
+        assert curves_svg(curves, ylabel="loss", log=True) == expected
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+@pytest.mark.parametrize("curve", [Curve("nothing", []), Curve("gaps", [[math.nan, math.nan]])])
+def test_chart_of_nothing_is_empty_not_an_error(curve: Curve) -> None:
+    assert curves_svg([curve], ylabel="loss", percent=True).startswith("<svg")
+
+
+def test_picture_keeps_every_pixel() -> None:
+    from matplotlib.image import imread
+
+    image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    kind, encoded = png_uri(image).split(",")
+    assert kind == "data:image/png;base64"
+    decoded = torch.from_numpy(imread(io.BytesIO(base64.b64decode(encoded)))[..., :3] * 255).round().byte()
+    assert torch.equal(decoded.permute(2, 0, 1), image)
+
+
+def test_picture_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"image is torch.float32 \[2, 3, 3\]; expected float \[H, W\]"):
+        png_uri(torch.rand(2, 3, 3))
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hyperfast\[demo\]'"):
+        curves_svg([Curve("a", [[1.0]])], ylabel="loss")
