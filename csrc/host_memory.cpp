@@ -26,9 +26,10 @@ void release_oldest() {
   idle.pop_front();
 }
 
-// Live and idle blocks together never hold more than was once live.
+// Live and idle blocks together never hold more than twice what was once live. Blocks of one training step are not
+// all live at once, so with less than that a step would release what its next part, or the next step, takes again.
 void trim() {
-  while (!idle.empty() && live_bytes + idle_bytes > peak_live_bytes) release_oldest();
+  while (!idle.empty() && live_bytes + idle_bytes > 2 * peak_live_bytes) release_oldest();
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(-
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 46rem; }
-.soft, figcaption, caption { color: var(--soft); }
+.soft, figcaption { color: var(--soft); }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 1rem 0; padding: .7rem 1rem;
   background: var(--panel); border-radius: .5rem; font-size: .92rem; }
@@ -32,12 +32,12 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 table.data { width: 100%; }
-caption { caption-side: bottom; text-align: left; font-size: .88rem; padding-top: .5rem; }
 .data th, .data td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-.data th { font-weight: 600; vertical-align: bottom; }
-.data tr > :first-child { text-align: left; padding-left: 0; white-space: nowrap; }
+.data th { font-weight: 600; vertical-align: bottom; } .data td { white-space: nowrap; }
+.data tr > :first-child { text-align: left; padding-left: 0; }
+@media (max-width: 40rem) { .data { font-size: .86rem; } .data th, .data td { padding: .35rem .4rem; } }
 figure { margin: 1rem 0; }
-figcaption { font-size: .88rem; max-width: 46rem; }
+figcaption { font-size: .88rem; max-width: 46rem; padding-top: .4rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
 .row > figure { flex: 1 1 22rem; min-width: 0; margin: .5rem 0; }
 svg { width: 100%; height: auto; display: block; }
@@ -100,16 +100,15 @@ class Report:
             "<tr>" + "".join(f"<td>{'–' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
             for row in rows
         )
-        note = f"<caption>{escape(caption)}</caption>" if caption else ""
         self._body.append(
-            f'<div class="scroll"><table class="data">{note}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
+            f'<figure><div class="scroll"><table class="data"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>{_caption(caption)}</figure>"
         )
 
     def figures(self, *figures: tuple[str, str]) -> None:
         """Figures side by side, one below the other on a narrow screen; each is (SVG, caption)."""
         drawn = "".join(
-            f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>" for picture, caption in figures
+            f"<figure>{picture}{_caption(caption)}</figure>" for picture, caption in figures
         )
         self._body.append(f'<div class="row">{drawn}</div>')
 
@@ -147,7 +146,7 @@ class Report:
         self._body.append(
             f'<figure><div class="scroll"><table class="grid"><thead><tr><th></th><th></th>{groups}</tr>'
             f"<tr><th></th><th>input</th>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            f"{_caption(caption)}</figure>"
         )
 
     def html(self, markup: str) -> None:
@@ -173,6 +172,11 @@ class Report:
 
 def _first(first: bool) -> str:
     return ' class="first"' if first else ""
+
+
+def _caption(caption: str) -> str:
+    # Outside of what scrolls sideways, so that it stays in view on a narrow screen.
+    return f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
 
 
 def _img(uri: str, alt: str) -> str:

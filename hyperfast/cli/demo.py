@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Demo(DemoConfig):
+    """The settings of `DemoConfig`, with its texts."""
+
     @staticmethod
     def help() -> str:
         return """Train on handwritten digits, in a minute or two, without any files: a small teacher, and the same
-network with generated weights, learning from labels alone, from the teacher's attention maps, and from its logits. Prints a
-table and writes a page with curves and attention maps.
+network with generated weights, learning from labels alone, from the teacher's attention maps, and from its logits.
+Prints a table and writes a page with curves and attention maps.
 
 Examples:
     hyperfast demo

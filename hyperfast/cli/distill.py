@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from hyperfast import models
 from hyperfast.cli.network import RUN, Network, classes_in, load_run, options_in
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from hyperfast.data import Splits
+    from hyperfast.data import ImageSet, Splits
 
 _KD_WEIGHT = 1.0
 
@@ -115,8 +115,8 @@ as in "hyperfast train"."""
             )
         network = self._student(spec, splits)
         student = network.build(config.seed)
-        accuracy = measure_teacher(teacher.model, splits, config)
-        console.print(f"teacher: {spec.model}, {percent(accuracy)} on the {_judge(splits)[0]} images", highlight=False)
+        judge, accuracy = measure_teacher(teacher.model, splits, config)
+        console.print(f"teacher: {spec.model}, {percent(accuracy)} on the {judge} images", highlight=False)
         run = describe(
             network,
             splits,
@@ -131,7 +131,10 @@ as in "hyperfast train"."""
         announce(network, student, splits, console)
         how = options(folder, self.tensorboard, console)
         result = distill(student, teacher.model, splits, config, distillation, **how)
-        summarise(result, folder, console, {f"teacher, {_judge(splits)[0]} accuracy": accuracy})
+        accuracies = {judge: accuracy}
+        if len(splits.test) and judge != "test":
+            accuracies["test"] = _accuracy(teacher.model, splits.test, config)
+        summarise(result, folder, console, {f"teacher, {name} accuracy": share for name, share in accuracies.items()})
 
     def _distillation(self) -> DistillConfig:
         weights = parse_losses(self.loss or ("at",))
@@ -202,17 +205,20 @@ def parse_losses(given: tuple[str, ...]) -> dict[str, float | None]:
     return weights
 
 
-def measure_teacher(teacher: nn.Module, splits: Splits, config: TrainConfig) -> float:
+def measure_teacher(teacher: nn.Module, splits: Splits, config: TrainConfig) -> tuple[str, float]:
     """Its accuracy on the validation images; on the test images where there are none.
+
+    A teacher may well have been trained on the images that are set apart for validation here.
+
+    Returns:
+        Which images, `"validation"` or `"test"`, and the share that it gets right.
 
     Raises:
         ValueError: it is no better than guessing: at most three standard deviations above the share of the most
             frequent class.
     """
-    device = config.torch_device()
-    name, images = _judge(splits)
-    loader = DeviceLoader(images, config.batch_size, device=device, train=False)
-    accuracy = evaluate(teacher.to(device), loader.epoch(), device, config.amp).accuracy
+    name, images = ("validation", splits.val) if len(splits.val) else ("test", splits.test)
+    accuracy = _accuracy(teacher, images, config)
     chance = float(images.labels.bincount().max()) / len(images)
     if accuracy <= chance + 3 * (chance * (1 - chance) / len(images)) ** 0.5:
         raise ValueError(
@@ -220,11 +226,13 @@ def measure_teacher(teacher: nn.Module, splits: Splits, config: TrainConfig) -> 
             f"{percent(chance)}: there is nothing to learn from it. Its weights may be of another dataset or order of "
             "classes, or its images normalised otherwise"
         )
-    return accuracy
+    return name, accuracy
 
 
-def _judge(splits: Splits) -> tuple[str, Any]:
-    return ("validation", splits.val) if len(splits.val) else ("test", splits.test)
+def _accuracy(teacher: nn.Module, images: ImageSet, config: TrainConfig) -> float:
+    device = config.torch_device()
+    loader = DeviceLoader(images, config.batch_size, device=device, train=False)
+    return evaluate(teacher.to(device), loader.epoch(), device, config.amp).accuracy
 
 
 def _is_of_run(path: Path) -> bool:

@@ -107,7 +107,8 @@ class HypernetOptions:
 
 @dataclass(frozen=True)
 class TrainOptions(TrainConfig):
-    # The texts are those of TrainConfig. What augmentation suits is a question of the set: see DataOptions.
+    """The settings of `TrainConfig` with its texts; what augmentation suits is a question of the set, `DataOptions`."""
+
     augment: tyro.conf.Suppress[Augment] = Augment()  # noqa: RUF009 - frozen
 
     def for_data(self, options: DataOptions) -> TrainConfig:

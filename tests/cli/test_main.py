@@ -28,7 +28,7 @@ def _help(capsys: pytest.CaptureFixture[str], command: str) -> str:
         ("train", ["--dataset", "--hypernetize", "--epochs", "hyperfast train --dataset digits"]),
         ("distill", ["--teacher", "--loss", "weight 1000", "--no-hypernetize", "--loss at --epochs 3"]),
         ("export", ["--condition", ".safetensors", ".pt2", ".onnx", "hyperfast export runs/"]),
-        ("demo", ["--seeds", "runs/demo", "hyperfast demo --seeds 1"]),
+        ("demo", ["--seeds", "runs of each method", "runs/demo", "hyperfast demo --seeds 1"]),
         ("env", ["hyperfast env"]),
     ],
 )
@@ -41,7 +41,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str, expected
 
 def test_help_of_training_settings_says_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = _help(capsys, "train")
-    assert "passes over the training set" in text and "(default: 40)" in text
+    assert "passes over the training set" in text and "fractions are allowed" in text and "(default: 40)" in text
     assert "pixels" in text and "runs/train-DATASET-MODEL" in text
 
 

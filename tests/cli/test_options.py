@@ -82,7 +82,7 @@ def test_network_starts_from_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Network("resnet21", 10), r"unknown model 'resnet21' \(did you mean resnet20"),
+        (Network("resnet21", 10), r"unknown model 'resnet21' \(did you mean .*resnet20"),
         (Network("resnet8", 10, {"witdh": 4}), r"no option 'witdh' \(did you mean width"),
         (Network("resnet8", 10, {"width": "wide"}), "model 'resnet8' cannot be made"),
     ],
