@@ -2,14 +2,15 @@
 #
 #   PYTHON=python3.12   the interpreter that the environment is made with
 #   VENV=folder         where the environment goes (.venv); VENV=0 uses PYTHON's own environment as it is, offline
-#   TORCH_INDEX=url     where torch is looked for first; a CPU build is all that these targets need
+#   TORCH_INDEX=url     where torch is looked for first, for instance PyTorch's index of CPU builds, which are all that
+#                       these targets need; default: pip's own index
 #   ARGS="..."          more arguments for pytest, the demo or the benchmarks
 #
 # The HYPERFAST_* and MAX_JOBS switches of the build are listed in docs/environment.md.
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 ARGS ?=
 export HYPERFAST_REQUIRE_NATIVE ?= 1
 SHELL := /bin/bash
@@ -41,9 +42,7 @@ $(VENV)/bin/pip:
 
 $(VENV)/.installed-%: $(INPUTS) | $(VENV)/bin/pip
 	$(RUN) -m pip install -q -c constraints.txt 'setuptools>=77' wheel pybind11 ninja
-	@$(RUN) -c 'import torch' 2>/dev/null \
-	  || $(RUN) -m pip install -q --no-deps --retries 0 --index-url $(TORCH_INDEX) -c constraints.txt torch \
-	  || echo "no torch at $(TORCH_INDEX); taking the one of the default index"
+	$(if $(TORCH_INDEX),$(RUN) -m pip install -q --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
 	@touch $@
 

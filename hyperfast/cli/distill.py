@@ -105,6 +105,7 @@ as in "hyperfast train"."""
         distillation = self._distillation()
         splits = self.images.load()
         spec, teacher = self._teacher(splits)
+        _check_fits(spec, splits)
         if teacher.mean is not None and teacher.std is not None:
             splits = splits.normalised(teacher.mean, teacher.std)
             console.print(
@@ -227,6 +228,15 @@ def measure_teacher(teacher: nn.Module, splits: Splits, config: TrainConfig) -> 
             "classes, or its images normalised otherwise"
         )
     return name, accuracy
+
+
+def _check_fits(teacher: Network, splits: Splits) -> None:
+    classes, channels = len(splits.train.classes), splits.train.images.shape[1]
+    if teacher.classes < classes:
+        raise ValueError(f"the teacher tells {teacher.classes} classes apart; the images have {classes}")
+    wanted = teacher.options.get("in_channels", channels)
+    if wanted != channels:
+        raise ValueError(f"the teacher takes images of {wanted} channels; these have {channels}")
 
 
 def _accuracy(teacher: nn.Module, images: ImageSet, config: TrainConfig) -> float:

@@ -1,4 +1,4 @@
-"""Triton kernels, imported at the first call that can run them: `import hyperfast` touches neither Triton nor driver."""
+"""Triton kernels, imported at the first call that can run them: `import hyperfast` touches no Triton and no driver."""
 
 from __future__ import annotations
 

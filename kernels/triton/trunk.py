@@ -15,16 +15,19 @@ import triton.language as tl
 
 @triton.constexpr_function
 def encoded_width(D, ENCODING):
+    """Width of the encoding of D numbers."""
     return D if ENCODING == "none" else 2 * D
 
 
 @triton.constexpr_function
 def input_width(LAYER, D, WIDTHS, ENCODING):
+    """Width of what a trunk layer reads."""
     return WIDTHS[LAYER - 1] if LAYER else (D if ENCODING == "none" else 2 * D)
 
 
 @triton.constexpr_function
 def sum_widths(WIDTHS, LAYERS):
+    """Width of the first layers together."""
     return sum(WIDTHS[i] for i in range(LAYERS))
 
 

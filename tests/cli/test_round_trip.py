@@ -151,6 +151,22 @@ def test_guessing_teacher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("classes", "channels", "message"),
+    [
+        (4, 1, "the teacher tells 4 classes apart; the images have 10"),
+        (10, 3, "the teacher takes images of 3 channels; these have 1"),
+    ],
+)
+def test_teacher_of_other_images_is_refused(
+    classes: int, channels: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = models.create("resnet8", classes, in_channels=channels, width=4)
+    checkpoint.save(tmp_path / "t.safetensors", model.state_dict())
+    assert main(_distill(tmp_path / "t.safetensors", tmp_path / "run")) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_teacher_is_measured_on_test_images_where_there_are_no_others(teacher: Path) -> None:
     splits = DataOptions("digits", val_fraction=0).load()
     _, model = load_run(teacher)

@@ -103,7 +103,8 @@ found = []
 for backend in ("cpu", "reference"):
     with hyperfast.use_backend(backend):
         theta = functional.generate(condition, weights, biases, head, theta0)
-        found.append([theta.detach(), *torch.autograd.grad(theta.square().sum(), [condition, *weights, *biases, head, theta0])])
+        leaves = [condition, *weights, *biases, head, theta0]
+        found.append([theta.detach(), *torch.autograd.grad(theta.square().sum(), leaves)])
 for a, b in zip(*found):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 """
