@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 # `from helpers import ...`; last, so that the folders in here shadow no package.
 sys.path.append(str(Path(__file__).parent))
+
+
+# A test run that was started in the background ignores Ctrl-C, which the tests send to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,14 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from compile_kernels import Compiled, compile_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 MODULES = ("generate", "attention_transfer")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -26,62 +27,6 @@ SHARED_MEMORY = 99 * 1024  # what consumer GPUs allow a program; A100 163 KiB, H
 REGISTERS = 65536  # of a multiprocessor
 # sm_80 sets two registers aside before a loop and fetches them after it, in one configuration: not a spill in a loop.
 STACK_SM_80 = 8
-
-
-class Compiled(NamedTuple):
-    kernel: str
-    label: str
-    capability: int
-    warps: int
-    registers: int
-    stack: int
-    local: int
-    shared: int
-    vector_loads: int
-
-    def __str__(self) -> str:
-        return f"sm_{self.capability} {self.kernel} [{self.label}]"
-
-
-def _compile(module: str, dtype: str, index: int, capability: int, cache: str) -> Compiled:
-    """Compile one configuration in a worker process. It is named, not passed: kernels do not pickle."""
-    os.environ["TRITON_CACHE_DIR"] = cache
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernels = import_module(f"hyperfast.kernels.triton.{module}")
-    form = list(kernels.configurations(getattr(torch, dtype)))[index]
-    source = ASTSource(form.kernel, form.signature, form.constants, dict(_aligned(form.signature)))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=form.options)
-    cubin = Path(cache) / f"{module}.{dtype}.{index}.{capability}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    usage = {name: int(re.search(rf"\b{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    cubin.unlink()
-    return Compiled(
-        form.kernel.__name__,
-        form.label,
-        capability,
-        form.options["num_warps"],
-        usage["REG"],
-        usage["STACK"],
-        usage["LOCAL"],
-        compiled.metadata.shared,
-        len(re.findall(r"ld\.global[.\w:]*\.v[248]\.b", compiled.asm["ptx"])),
-    )
-
-
-def _aligned(signature: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], list[Any]]]:
-    """What a launch tells Triton about pointers from torch: divisible by 16."""
-    for index, kind in enumerate(signature.values()):
-        if isinstance(kind, tuple):
-            yield from (((index, i), [["tt.divisibility", 16]]) for i, each in enumerate(kind) if each.startswith("*"))
-        elif kind.startswith("*"):
-            yield (index,), [["tt.divisibility", 16]]
 
 
 def _count(module: str, dtype: str) -> int:
@@ -103,7 +48,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
     ]
     workers = max(1, min(8, len(os.sched_getaffinity(0))))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_compile, *zip(*jobs, strict=True)))
+        return list(pool.map(compile_kernel, *zip(*jobs, strict=True)))
 
 
 def test_every_kernel_of_every_module_is_compiled(compiled: list[Compiled]) -> None:
@@ -111,8 +56,9 @@ def test_every_kernel_of_every_module_is_compiled(compiled: list[Compiled]) -> N
     for module in MODULES:
         kernels = import_module(f"hyperfast.kernels.triton.{module}")
         assert {name for name in vars(kernels) if name.endswith("_kernel")} <= names
-    files = Path(import_module("hyperfast.kernels.triton").__file__ or "").parent.glob("[!_]*.py")
-    assert {file.stem for file in files} == set(MODULES)
+    files = Path(import_module("hyperfast.kernels.triton").__file__ or "").parent.glob("*.py")
+    written = {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
+    assert written == names
     assert set(Counter(form.capability for form in compiled).values()) == {len(compiled) // len(CAPABILITIES)}
 
 
