@@ -24,8 +24,6 @@ HF_BODY V power_slope(const Lanes& lanes, V x) {
   else return lanes.abs(x) * x;
 }
 
-constexpr int kChannelsAtOnce = 8;  // summed in registers: fewer trips to `energy`, and a smaller rounding error
-
 // energy[n] = sum over the channels of |F[c, n]|^P. `energy`: lane_groups * positions accumulators, the first group's
 // part holds the result.
 template <int P, class T, class Block>
@@ -41,6 +39,7 @@ HF_BODY void channel_energy(Block& block, const T* map, int64_t channels, int64_
     block.sync();
     return;
   }
+  constexpr int kChannelsAtOnce = Block::kChannelsAtOnce;
   const int64_t groups = block.lane_groups();
   block.for_each(groups * positions, [&](int64_t k) { energy[k] = 0; });
   block.sync();

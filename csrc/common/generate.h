@@ -161,11 +161,11 @@ HF_INLINE int64_t share_index(const GenerateParams& p, int64_t chunk, int64_t se
   return (chunk + segment) * p.batch * p.hidden;
 }
 
-constexpr int kRowsAtOnce = 4;  // of the head: independent loads in flight, and one update of dh for all of them
-
-// Calls f(rows, row, lanes) with rows a compile-time count, covering [begin, end) on the block's lane groups.
+// Calls f(rows, row, lanes) with rows a compile-time count, covering [begin, end) on the block's lane groups. Several
+// rows at once are several independent loads in flight on a GPU; the processor's prefetcher wants them one by one.
 template <class Block, class F>
 HF_BODY void for_each_rows(Block& block, int64_t begin, int64_t end, F f) {
+  constexpr int kRowsAtOnce = Block::kRowsAtOnce;
   const int64_t groups = (end - begin) / kRowsAtOnce, rest = begin + groups * kRowsAtOnce;
   block.partition(0, groups, [&](int64_t k, auto& lanes) { f(Count<kRowsAtOnce>{}, begin + k * kRowsAtOnce, lanes); });
   block.partition(rest, end, [&](int64_t row, auto& lanes) { f(Count<1>{}, row, lanes); });

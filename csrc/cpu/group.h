@@ -127,7 +127,8 @@ template <class A, int N, class T>
 HF_INLINE Vector<A, N> load_as(const T* p) {
   Vector<A, N> v;
   if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(&v, p, sizeof(v));
+    // Not memcpy: as far as the compiler knows that could change anything, and it would reload every captured pointer.
+    v = *reinterpret_cast<const Vector<A, N>*>(p);
   } else if constexpr (N == 1) {
     v = A(*p);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -151,7 +152,7 @@ HF_INLINE Vector<A, N> load_as(const T* p) {
 template <class A, int N, class T>
 HF_INLINE void store_as(T* p, Vector<A, N> v) {
   if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(p, &v, sizeof(v));
+    *reinterpret_cast<Vector<A, N>*>(p) = v;
   } else if constexpr (N == 1) {
     *p = T(v);
   } else {
@@ -271,6 +272,8 @@ struct Lanes {
 template <class A>
 struct Block {
   using Acc = A;
+  // Measured: rows one by one keep the prefetcher going, channels together save trips to the sums.
+  static constexpr int kRowsAtOnce = 1, kChannelsAtOnce = 8;
 
   template <class F>
   HF_INLINE void for_each(int64_t n, F f) const {

@@ -156,6 +156,7 @@ struct Lanes {
 template <class A, int kLanes>
 struct Block {
   using Acc = A;
+  static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8;
 
   template <class F>
   __device__ void for_each(int64_t n, F f) const {

@@ -20,8 +20,8 @@ except ImportError as error:  # a pure Python install
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 _ELEMENTS_PER_THREAD = 1 << 15  # torch's own grain size
-# Below this an ordinary allocation comes from memory that the C library keeps.
-_POOLED_BYTES = 1 << 20
+# Smaller blocks are kept by the C library itself (glibc: up to 32 MiB).
+_POOLED_BYTES = 1 << 25
 
 
 def module() -> Any:

@@ -46,6 +46,7 @@ struct GpuLanes : native::Lanes<float> {
 
 struct GpuBlock {
   using Acc = float;
+  static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8;
   template <class F>
   void for_each(int64_t n, F f) const {
     for (int64_t k = n - 1; k >= 0; --k) f(k);  // no body may rely on the order
