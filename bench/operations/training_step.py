@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,13 +42,16 @@ def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> 
     with drawing(seed):
         model, teacher = (models.create(options["model"]).to(device) for _ in range(2))
         initial = hyperfast.hypernetize(model, hidden=options["hidden"])
-        return Inputs(
-            model,
-            teacher.eval(),
-            {name: parameter.detach() for name, parameter in _parameters(initial).items()},
-            torch.randn(options["batch"], 3, options["size"], options["size"], device=device),
-            torch.randint(10, (options["batch"],), device=device),
-        )
+        images = torch.randn(options["batch"], 3, options["size"], options["size"], device=device)
+        labels = torch.randint(10, (options["batch"],), device=device)
+    layout = options["memory_format"]
+    return Inputs(
+        model.to(memory_format=layout),  # type: ignore[call-overload]
+        teacher.eval().to(memory_format=layout),  # type: ignore[call-overload]
+        {name: parameter.detach() for name, parameter in _parameters(initial).items()},
+        images.contiguous(memory_format=layout),
+        labels,
+    )
 
 
 def _parameters(student: hyperfast.Hypernetwork) -> dict[str, Tensor]:
@@ -109,20 +112,6 @@ def _hyperfast(inputs: Inputs) -> Work:
         return logits, loss
 
     return _work(losses, generator, student.primary)
-
-
-def _channels_last(build: Callable[[Inputs], Work]) -> Callable[[Inputs], Work]:
-    """`build` with images and convolutions channels-last, which is faster for either side."""
-
-    def convert(inputs: Inputs) -> Work:
-        model, teacher = (
-            copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for network in (inputs.model, inputs.teacher)
-        )
-        images = inputs.images.contiguous(memory_format=torch.channels_last)
-        return build(replace(inputs, model=model, teacher=teacher, images=images))
-
-    return convert
 
 
 def _hidden(inputs: Inputs) -> list[int]:
@@ -188,33 +177,40 @@ def _flops(options: Mapping[str, Any]) -> int:
     return int(2 * 4 * options["batch"] * multiplications)
 
 
+_RESNET_20 = {
+    "model": "resnet20",
+    "hidden": (16, 64, 128),
+    "batch": 128,
+    "size": 32,
+    "multiplications": 40_551_040,
+    "memory_format": torch.contiguous_format,
+}
+
 OPERATION = Operation(
     name="training_step",
     title="Training step of a hypernetised network with attention transfer",
     cases=[
+        Case("CIFAR ResNet-20, widths 16-64-128, batch 128", _RESNET_20),
         Case(
-            "CIFAR ResNet-20, widths 16-64-128, batch 128",
-            {"model": "resnet20", "hidden": (16, 64, 128), "batch": 128, "size": 32, "multiplications": 40_551_040},
+            "CIFAR ResNet-20, widths 16-64-128, batch 128, channels-last",
+            {**_RESNET_20, "memory_format": torch.channels_last},
         ),
         Case(
             "ResNet-8 on 16x16, widths 16-16, batch 8",
-            {"model": "resnet8", "hidden": (16, 16), "batch": 8, "size": 16, "multiplications": 3_170_624},
+            {
+                "model": "resnet8",
+                "hidden": (16, 16),
+                "batch": 8,
+                "size": 16,
+                "multiplications": 3_170_624,
+                "memory_format": torch.contiguous_format,
+            },
             small=True,
         ),
     ],
     providers=[
         *hyperfast_providers(_hyperfast),
-        Provider(
-            "hyperfast, channels-last",
-            lambda inputs: on_backend(_channels_last(_hyperfast), inputs, hyperfast.Backend.AUTO),
-        ),
         Provider("HyperLight 0.0.5 + eager AT", _hyperlight, needs("hyperlight"), hyperlight_adapter.prepare),
-        Provider(
-            "HyperLight 0.0.5 + eager AT, channels-last",
-            _channels_last(_hyperlight),
-            needs("hyperlight"),
-            hyperlight_adapter.prepare,
-        ),
         Provider(
             "hyperfast on plain PyTorch",
             lambda inputs: on_backend(_hyperfast, inputs, hyperfast.Backend.REFERENCE),
