@@ -99,7 +99,7 @@ def _hyperfast(inputs: Inputs) -> Work:
         for name, parameter in generator.items():
             parameter.copy_(inputs.parameters[name])
     attention = hyperfast.losses.AttentionTransfer(weights=[1.0] * len(_STAGES))
-    teacher = surgery.fold_batch_norm(inputs.teacher, keep=_STAGES)  # what the distillation recipe does
+    teacher = surgery.freeze(inputs.teacher, keep=_STAGES)  # what the distillation recipe does
     opened = hyperfast.taps(student, teacher, at=_STAGES)
     taps = opened.__enter__()
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperfast.surgery.folding import fold_batch_norm
+from hyperfast import models
+from hyperfast.surgery.folding import fold_batch_norm, freeze
 
 
 def _trained(model: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
@@ -88,3 +89,15 @@ def test_what_is_tapped_is_kept() -> None:
     assert isinstance(folded[3], nn.Identity)
     torch.testing.assert_close(folded[0](x), model[0](x))
     torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_network_answers_the_same() -> None:
+    model, x = _trained(models.create("resnet8", in_channels=1), 4, 1, 8, 8)
+    model.train()
+    frozen = freeze(model)
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+    assert frozen.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(frozen(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in model.parameters())
