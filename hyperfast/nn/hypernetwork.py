@@ -44,7 +44,9 @@ class Hypernetwork(nn.Module):
         targets: what to generate, from `hyperfast.surgery.select_parameters(primary, ...)`.
         condition: where the condition comes from.
         hidden: widths of the trunk's hidden layers. May be empty.
-        encoding, activation, negative_slope: as in `hyperfast.functional.generate`.
+        encoding: as in `hyperfast.functional.generate`.
+        activation: as in `hyperfast.functional.generate`.
+        negative_slope: as in `hyperfast.functional.generate`.
 
     Attributes:
         primary: the model with empty slots.
@@ -91,7 +93,8 @@ class Hypernetwork(nn.Module):
         """The model's output under generated weights.
 
         Args:
-            args, kwargs: what the model takes. (A `condition` of the model's own must be passed by position.)
+            *args: what the model takes. (A `condition` of the model's own must be passed by position.)
+            **kwargs: what the model takes by name.
             condition: z in [0, 1]; `[D]`, or `[S, D]` for a condition per layer. `None`: the hypernetwork's own. With
                 a leading dimension B the conditions are *applied*: the N samples (dimension 0 of the first tensor
                 argument) are cut into B equal consecutive groups, each run under its own weights, and the outputs
