@@ -80,6 +80,18 @@ def _triton_backward(*arguments: Any) -> Any:
     return _triton.kernels("attention_transfer").backward(*arguments)
 
 
+def _sizes(features: Tensor) -> dict[str, int]:
+    return {"batch": features.shape[0], "positions": features.shape[2:].numel()}
+
+
+def _map(side: str, features: Tensor) -> dict[str, int]:
+    return {
+        side: features.data_ptr(),
+        f"{side}_channels": features.shape[1],
+        f"{side}_last": _is_channels_last(features),
+    }
+
+
 def _batches(taps: int) -> list[slice]:
     """Runs of taps that one launch takes."""
     most = _native.module().max_taps
@@ -99,16 +111,7 @@ def _native_forward(
             dtype=_native.DTYPES[student[0].dtype], mode=_MODES[mode], power=p, eps=eps
         )
         for s, t in zip(student[run], teacher[run], strict=True):
-            params.add_tap(
-                batch=s.shape[0],
-                positions=s.shape[2:].numel(),
-                student=s.data_ptr(),
-                student_channels=s.shape[1],
-                student_last=_is_channels_last(s),
-                teacher=t.data_ptr(),
-                teacher_channels=t.shape[1],
-                teacher_last=_is_channels_last(t),
-            )
+            params.add_tap(**_sizes(s), **_map("student", s), **_map("teacher", t))
         # One loss per sample, and the ticket of the CUDA launch behind them.
         scratch = losses.new_empty(sum(s.shape[0] for s in student[run]) + 1)
         params.set_forward(losses[run].data_ptr(), scratch.data_ptr(), coefficients[first:].data_ptr())
@@ -126,14 +129,7 @@ def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tens
     for run in _batches(len(maps)):
         params = _native.module().AttentionParams(dtype=_native.DTYPES[maps[0].dtype], mode=0, power=p, eps=0.0)
         for s, d in zip(maps[run], gradients[run], strict=True):
-            params.add_tap(
-                batch=s.shape[0],
-                positions=s.shape[2:].numel(),
-                student=s.data_ptr(),
-                student_channels=s.shape[1],
-                student_last=_is_channels_last(s),
-                d_student=d.data_ptr(),
-            )
+            params.add_tap(**_sizes(s), **_map("student", s), d_student=d.data_ptr())
         work = sum(s.numel() for s in maps[run])
         past_caches = work * maps[0].element_size() > _CACHE_BYTES
         params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), past_caches)
