@@ -63,6 +63,10 @@ def use_backend(backend: str | Backend) -> Iterator[None]:
         _selected = previous
 
 
+def _anything(*_: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to run an operation.
@@ -71,11 +75,12 @@ class Implementation:
         backend: the family it belongs to.
         run: called with the operation's arguments.
         supports: called with the same arguments; `None` where they can be run, else the reason they cannot.
+            Default: it runs everything, as a reference does.
     """
 
     backend: Backend
     run: Callable[..., Any]
-    supports: Callable[..., str | None]
+    supports: Callable[..., str | None] = _anything
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,6 @@ from hyperfast.backends import Backend, Dispatcher, Implementation
 from hyperfast.ops import _native, _triton
 from hyperfast.ops._library import accumulator_dtype, register
 
-
-def _always(*_: Any) -> None:
-    return None
-
-
 _MODES = {name: code for code, name in enumerate(reference.MODES)}
 _CUDA_MOST_POSITIONS = 4096  # of one map; a block keeps its attention map per group of lanes
 _CACHE_BYTES = 1 << 24  # larger gradients are written past the caches
@@ -150,7 +145,7 @@ forward_implementations = Dispatcher(
         Implementation(Backend.CUDA, _native_forward, _cuda_supports),
         Implementation(Backend.CPU, _native_forward, _cpu_supports),
         Implementation(Backend.TRITON, _triton_forward, _triton_supports),
-        Implementation(Backend.REFERENCE, reference.attention_transfer_with_coefficients, _always),
+        Implementation(Backend.REFERENCE, reference.attention_transfer_with_coefficients),
     ],
 )
 backward_implementations = Dispatcher(
@@ -159,7 +154,7 @@ backward_implementations = Dispatcher(
         Implementation(Backend.CUDA, _native_backward, _cuda_supports_backward),
         Implementation(Backend.CPU, _native_backward, _cpu_supports_backward),
         Implementation(Backend.TRITON, _triton_backward, _triton_supports_backward),
-        Implementation(Backend.REFERENCE, reference.attention_transfer_backward, _always),
+        Implementation(Backend.REFERENCE, reference.attention_transfer_backward),
     ],
 )
 

@@ -19,10 +19,6 @@ _ARGUMENTS = (
 )
 
 
-def _always(*_: Any) -> None:
-    return None
-
-
 _ENCODINGS = {name: code for code, name in enumerate(reference.ENCODINGS)}
 _ACTIVATIONS = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -187,7 +183,7 @@ forward_implementations = Dispatcher(
         Implementation(Backend.CUDA, _native_forward, _cuda_supports),
         Implementation(Backend.CPU, _native_forward, _cpu_supports),
         Implementation(Backend.TRITON, _triton_forward, _triton_supports),
-        Implementation(Backend.REFERENCE, reference.generate, _always),
+        Implementation(Backend.REFERENCE, reference.generate),
     ],
 )
 backward_implementations = Dispatcher(
@@ -196,7 +192,7 @@ backward_implementations = Dispatcher(
         Implementation(Backend.CUDA, _native_backward, _cuda_supports_backward),
         Implementation(Backend.CPU, _native_backward, _cpu_supports_backward),
         Implementation(Backend.TRITON, _triton_backward, _triton_supports_backward),
-        Implementation(Backend.REFERENCE, reference.generate_backward, _always),
+        Implementation(Backend.REFERENCE, reference.generate_backward),
     ],
 )
 
