@@ -14,7 +14,7 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if "kernels" not in file.p
 FILES += sorted((ROOT / "kernels").rglob("*.py"))
 OPERATIONS = sorted(file.stem for file in (PACKAGE / "ops").glob("[a-z]*.py"))
 
-MIDDLE = {"nn", "losses", "surgery", "models", "data", "analysis"}
+MIDDLE = {"nn", "optim", "losses", "surgery", "models", "data", "analysis"}
 # Part of the package -> parts of it that it may import. Nothing imports a part that stands below it in this list.
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "surgery": {"functional"},
     "losses": {"functional", "surgery"},
     "nn": {"functional", "surgery", "version"},
+    "optim": {"functional", "nn"},
     "analysis": {"functional", "reference", "surgery", "losses", "nn"},
     "env_report": {"ops", "backends", "version"},
     "__init__": {"functional", "backends", "version", *MIDDLE},
