@@ -5,7 +5,7 @@
         logits = student(x)
         with torch.no_grad():
             teacher(x)
-    loss = F.cross_entropy(logits, y) + 1000 * hyperfast.losses.AttentionTransfer()(taps.student, taps.teacher)
+    loss = F.cross_entropy(logits, y) + hyperfast.losses.AttentionTransfer(beta=1000)(taps.student, taps.teacher)
 """
 
 from hyperfast import functional, losses

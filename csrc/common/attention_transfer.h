@@ -33,7 +33,7 @@ HF_BODY void channel_energy(Block& block, const T* map, int64_t channels, int64_
   if (channels_last) {
     block.partition(0, positions, [&](int64_t n, auto& lanes) {
       const A sum =
-          lanes.sum(channels, [&](auto i) { return absolute_power<P>(lanes, lanes.load(map + n * channels, i)); });
+          lanes.sum(channels, [&](auto i) { return absolute_power<P>(lanes, lanes.load_in_order(map + n * channels, i)); });
       lanes.once([&] { energy[n] = sum; });
     });
     block.sync();
@@ -52,9 +52,9 @@ HF_BODY void channel_energy(Block& block, const T* map, int64_t channels, int64_
       auto sum = lanes.zero(i);
       if (count == kChannelsAtOnce) {
         HF_UNROLL
-        for (int c = 0; c < kChannelsAtOnce; ++c) sum += absolute_power<P>(lanes, lanes.load(map_part + c * positions, i));
+        for (int c = 0; c < kChannelsAtOnce; ++c) sum += absolute_power<P>(lanes, lanes.load_in_order(map_part + c * positions, i));
       } else {
-        for (int64_t c = 0; c < count; ++c) sum += absolute_power<P>(lanes, lanes.load(map_part + c * positions, i));
+        for (int64_t c = 0; c < count; ++c) sum += absolute_power<P>(lanes, lanes.load_in_order(map_part + c * positions, i));
       }
       lanes.store(mine, i, lanes.load(mine, i) + sum);
     });
@@ -88,15 +88,15 @@ HF_BODY void attention_item(Block& block, const AttentionParams& p, int64_t item
   const AttentionTap& tap = p.tap[tap_of(p, item)];
   const int64_t sample = item - tap.first_item, n = tap.positions;
   const FeatureMap &s = tap.student, &t = tap.teacher;
-  A* student = scratch;
-  A* working = scratch + p.max_positions;  // the teacher's, and before that the lane groups' shares of the student's
-  channel_energy<P>(block, static_cast<const T*>(s.data) + sample * s.channels * n, s.channels, n, s.channels_last,
-                    working);
-  block.for_each(n, [&](int64_t k) { student[k] = working[k]; });
-  block.sync();
+  A* teacher = scratch;
+  A* student = scratch + p.max_positions;  // and before that the lane groups' shares of the teacher's
   channel_energy<P>(block, static_cast<const T*>(t.data) + sample * t.channels * n, t.channels, n, t.channels_last,
-                    working);
-  A* teacher = working;
+                    student);
+  block.for_each(n, [&](int64_t k) { teacher[k] = student[k]; });
+  block.sync();
+  // The student's map last: what follows it may read it again while it is in the cache.
+  channel_energy<P>(block, static_cast<const T*>(s.data) + sample * s.channels * n, s.channels, n, s.channels_last,
+                    student);
 
   const bool mean = p.mode == AttentionMode::kCode, zoo = p.mode == AttentionMode::kZoo;
   const A eps = A(p.eps), scale_s = mean ? A(1) / A(s.channels) : A(1), scale_t = mean ? A(1) / A(t.channels) : A(1);
@@ -154,7 +154,7 @@ HF_BODY void attention_finish(Block& block, const AttentionParams& p) {
   });
 }
 
-// dL/dF of one sample of one tap.
+// dL/dF of one sample of one tap, from its coefficients.
 template <int P, class T, class Block>
 HF_BODY void attention_backward_item(Block& block, const AttentionParams& p, int64_t item) {
   using A = typename Block::Acc;
@@ -172,7 +172,7 @@ HF_BODY void attention_backward_item(Block& block, const AttentionParams& p, int
     T* out = gradient + row * length;
     const A uniform = channels_last ? scale * coefficients[row] : scale;
     lanes.for_each(length, [&](auto i) {
-      auto value = power_slope<P>(lanes, lanes.load(x, i)) * uniform;
+      auto value = power_slope<P>(lanes, lanes.load_in_order(x, i)) * uniform;
       if (!channels_last) value = value * lanes.load(coefficients, i);
       if (p.stream) lanes.stream(out, i, value); else lanes.store(out, i, value);
     });

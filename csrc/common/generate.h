@@ -186,7 +186,7 @@ HF_BODY void generate_chunk(Block& block, const GenerateParams& p, int64_t chunk
       for (int64_t b = 0; b < p.batch; ++b) {
         const A* h = scratch + b * stride + features;
         A sums[rows.value];
-        lanes.sums(hidden, sums, [&](int r, auto i) { return lanes.load(head + (row + r) * hidden, i) * lanes.load(h, i); });
+        lanes.sums(hidden, sums, [&](int r, auto i) { return lanes.load_in_order(head + (row + r) * hidden, i) * lanes.load(h, i); });
         lanes.once([&] {
           HF_UNROLL
           for (int r = 0; r < rows.value; ++r) theta[b * total_rows + row + r] = T(A(theta0[row + r]) + sums[r]);
@@ -220,7 +220,7 @@ HF_BODY void generate_backward_chunk(Block& block, const GenerateParams& p, int6
         decltype(lanes.zero(i)) weight[kRows], gradient[kRows];
         HF_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          weight[r] = lanes.load(head + (row + r) * hidden, i);
+          weight[r] = lanes.load_in_order(head + (row + r) * hidden, i);
           gradient[r] = lanes.zero(i);
         }
         for (int64_t b = 0; b < batch; ++b) {

@@ -14,8 +14,12 @@ void forward(const AttentionParams& p, int threads) {
   {
     Block<A> block;
     Scratch<A> scratch(attention_scratch(p, block.lane_groups()));
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < p.items; ++item) attention_item<P, T>(block, p, item, scratch.data());
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < p.items; ++item) {
+      attention_item<P, T>(block, p, item, scratch.data());
+      if (p.grad) attention_backward_item<P, T>(block, p, item);  // the sample is still in the cache
+    }
+    if (p.stream) finish_streams();
   }
   Block<A> block;
   attention_finish(block, p);
@@ -26,7 +30,7 @@ void backward(const AttentionParams& p, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Block<A> block;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < p.items; ++item) attention_backward_item<P, T>(block, p, item);
     if (p.stream) finish_streams();
   }

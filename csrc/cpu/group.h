@@ -10,7 +10,9 @@
 //   Lanes  for_each(n, f)            f(i) for vectors i of positions that cover n
 //          sum(n, f)                 sum of f(i) over them
 //          sums(n, totals, f)        several sums at once, totals[r] of f(r, i)
-//          load / store / stream     one vector, converted to the accumulator type; stream() will not be read soon
+//          load / store              one vector, converted to the accumulator type
+//          load_in_order             load() from memory that is read from end to end
+//          stream                    store() of what will not be read soon
 //          once(f)                   f() by one of the lanes
 #pragma once
 #include <cstdint>
@@ -220,7 +222,7 @@ class Scratch {
 template <class A>
 struct Lanes {
   using Acc = A;
-  static constexpr int kWidth = 64 / sizeof(A);
+  static constexpr int kWidth = 64 / sizeof(A), kPrefetchBytes = 512;
 
   template <class F>
   HF_INLINE void for_each(int64_t n, F f) const {
@@ -254,6 +256,13 @@ struct Lanes {
 
   template <class T, int N>
   HF_INLINE Vector<A, N> load(const T* p, Positions<N> i) const { return load_as<A, N>(p + i.at); }
+  // Measured: asking for what comes some lines later doubles the bandwidth of a walk over rows of 4 KiB, where the
+  // processor's own prefetching stops at the end of every page.
+  template <class T, int N>
+  HF_INLINE Vector<A, N> load_in_order(const T* p, Positions<N> i) const {
+    if constexpr (N > 1) __builtin_prefetch(reinterpret_cast<const char*>(p + i.at) + kPrefetchBytes);
+    return load(p, i);
+  }
   template <class T, int N>
   HF_INLINE void store(T* p, Positions<N> i, Vector<A, N> v) const { store_as<A, N>(p + i.at, v); }
   template <class T, int N>
@@ -272,8 +281,8 @@ struct Lanes {
 template <class A>
 struct Block {
   using Acc = A;
-  // Measured: rows one by one keep the prefetcher going, channels together save trips to the sums.
-  static constexpr int kRowsAtOnce = 1, kChannelsAtOnce = 8;
+  // One after the other is the order of memory.
+  static constexpr int kRowsAtOnce = 1, kChannelsAtOnce = 1;
 
   template <class F>
   HF_INLINE void for_each(int64_t n, F f) const {

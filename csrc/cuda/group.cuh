@@ -123,6 +123,10 @@ struct Lanes {
     return v;
   }
   template <class T, int N>
+  __device__ Vector<A, N> load_in_order(const T* p, Positions<N> i) const {
+    return load(p, i);
+  }
+  template <class T, int N>
   __device__ void store(T* p, Positions<N> i, const Vector<A, N>& v) const {
     Packed<T, N> packed;
     HF_UNROLL

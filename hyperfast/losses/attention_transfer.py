@@ -27,26 +27,34 @@ class AttentionTransfer(FeatureLoss):
         mode: `"code"`, `"paper"` or `"zoo"`, see `hyperfast.functional.attention_transfer`.
         eps: lower bound of the norm; default 1e-12 (`zoo`: 1e-6, added to it).
         weights: of the taps, see `FeatureLoss`; default 1 / L.
+        beta: of the whole loss, see there.
 
     Shape:
         Maps `[B, C, *spatial]`, float16 to float64; numbers of channels may differ, the larger spatial size is
         average-pooled down. Result: a scalar, float32 (float64 for float64 maps).
 
     Notes:
-        The method weight is left to the caller: 1000 is the authors' and everyone's for `"code"`, where they sum over
-        the taps; for their total with L taps use 1000 L, or `weights=[1.0] * L`. A tap of one position (1x1) has the
-        same attention map whatever it contains: it contributes nothing, and is warned of once.
+        beta = 1000 is the authors' and everyone's for `"code"`, where they sum over the taps; for their total with L
+        taps use 1000 L, or `weights=[1.0] * L`. A factor in front of the loss is right too, but on the CPU slower than
+        `beta`: the gradients that the forward pass computed have to be computed anew. A tap of one position (1x1) has
+        the same attention map whatever it contains: it contributes nothing, and is warned of once.
 
     Example:
-        >>> loss = F.cross_entropy(logits, labels) + 1000 * AttentionTransfer()(taps.student, taps.teacher)
+        >>> distillation = AttentionTransfer(beta=1000)
+        >>> loss = F.cross_entropy(logits, labels) + distillation(taps.student, taps.teacher)
 
     Source: Zagoruyko and Komodakis, arXiv 1612.03928; paper and code differ (szagoruyko/attention-transfer #34).
     """
 
     def __init__(
-        self, p: int = 2, mode: str = "code", eps: float | None = None, weights: Weights | None = None
+        self,
+        p: int = 2,
+        mode: str = "code",
+        eps: float | None = None,
+        weights: Weights | None = None,
+        beta: float = 1.0,
     ) -> None:
-        super().__init__(weights)
+        super().__init__(weights, beta)
         self.p, self.mode, self.eps = p, mode, eps
         self._warned: set[str] = set()
 
@@ -55,9 +63,11 @@ class AttentionTransfer(FeatureLoss):
         self._warn_of_single_positions(student)
         return super().forward(student, teacher)
 
-    def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor], expected_grad: Tensor) -> Tensor:
         """Losses `[L]` of all taps, in one launch."""
-        return functional.attention_transfer(student, teacher, p=self.p, mode=self.mode, eps=self.eps)
+        return functional.attention_transfer(
+            student, teacher, p=self.p, mode=self.mode, eps=self.eps, expected_grad=expected_grad
+        )
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode!r}"

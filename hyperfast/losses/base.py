@@ -49,7 +49,7 @@ def pair_taps(student: Features, teacher: Features) -> tuple[list[str], list[Ten
 
 
 class FeatureLoss(nn.Module, ABC):
-    r"""A distillation loss over taps: :math:`\sum_l \lambda_l L_l`, called as `loss(taps.student, taps.teacher)`.
+    r"""A distillation loss over taps: :math:`\beta \sum_l \lambda_l L_l`, called as `loss(taps.student, taps.teacher)`.
 
     A subclass gives the unweighted losses of all taps at once (`per_tap`), so that they can be one launch.
 
@@ -58,6 +58,7 @@ class FeatureLoss(nn.Module, ABC):
             `"relu#1:input"`: path, `#call` after the first, side where it is the input) that names every tap, or a
             tensor `[L]` on the device, which a schedule may overwrite in place without a recompilation or a new
             CUDA graph. Default 1 / L. May be assigned at any time.
+        beta: :math:`\beta`, the weight of the whole loss, so that `loss(...)` is what is added to the total.
 
     Attributes:
         last: the unweighted losses `[L]` of the last forward, detached and still on the device: reading them to a log
@@ -65,16 +66,20 @@ class FeatureLoss(nn.Module, ABC):
         last_names: the taps they belong to.
     """
 
-    def __init__(self, weights: Weights | None = None) -> None:
+    def __init__(self, weights: Weights | None = None, beta: float = 1.0) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights, self.beta = weights, beta
         self.last: Tensor | None = None
         self.last_names: list[str] = []
         self._resolved: tuple[object, Tensor] | None = None
 
     @abstractmethod
-    def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """Unweighted losses `[L]`, at least float32. The pairs have equal batch sizes and devices."""
+    def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor], expected_grad: Tensor) -> Tensor:
+        """Unweighted losses `[L]`, at least float32. The pairs have equal batch sizes and devices.
+
+        `expected_grad` `[L]` is what the gradient of the result will be if the total is the weighted sum plus other
+        terms: a loss may compute its gradients ahead for it, but must be right for any other.
+        """
 
     def forward(self, student: Features, teacher: Features) -> Tensor:
         """The weighted sum, a scalar; gradients flow to the student's maps only.
@@ -83,24 +88,29 @@ class FeatureLoss(nn.Module, ABC):
             ValueError: unequal numbers of taps, batch sizes or devices; weights that do not fit the taps.
         """
         names, students, teachers = pair_taps(student, teacher)
-        losses = self.per_tap(students, teachers)
+        weights = self._resolve(names, students[0])
+        losses = self.per_tap(students, teachers, weights)
         self.last, self.last_names = losses.detach(), names
-        if self.weights is None:
-            return losses.mean()
-        return (losses * self._weights_for(names, losses, self.weights)).sum()
+        return (losses * weights).sum()
 
-    def _weights_for(self, names: list[str], losses: Tensor, weights: Weights) -> Tensor:
+    def _resolve(self, names: list[str], like: Tensor) -> Tensor:
+        """beta lambda_l `[L]` on the device of the maps."""
+        weights, count = self.weights, len(names)
         if isinstance(weights, Tensor):
-            if weights.shape != losses.shape:
-                raise ValueError(f"weights is {list(weights.shape)}; expected [{len(names)}], one per tap")
-            return weights
-        values = _values(names, weights) if isinstance(weights, Mapping) else list(weights)
-        if len(values) != len(names):
-            raise ValueError(f"{len(values)} weights for {len(names)} taps: {', '.join(names)}")
+            if weights.shape != (count,):
+                raise ValueError(f"weights is {list(weights.shape)}; expected [{count}], one per tap")
+            return weights if self.beta == 1 else weights * self.beta
+        if weights is None:
+            values: list[float] = [1 / count] * count
+        else:
+            values = _values(names, weights) if isinstance(weights, Mapping) else list(weights)
+        if len(values) != count:
+            raise ValueError(f"{len(values)} weights for {count} taps: {', '.join(names)}")
         # A copy to the device each step would wait for it, and could not be captured in a CUDA graph.
-        wanted = (values, losses.device, losses.dtype)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        wanted = ([self.beta * value for value in values], like.device, dtype)
         if self._resolved is None or self._resolved[0] != wanted:
-            self._resolved = wanted, torch.tensor(values, device=losses.device, dtype=losses.dtype)
+            self._resolved = wanted, torch.tensor(wanted[0], device=like.device, dtype=dtype)
         return self._resolved[1]
 
 

@@ -20,8 +20,9 @@ except ImportError as error:  # a pure Python install
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 _ELEMENTS_PER_THREAD = 1 << 15  # torch's own grain size
-# Smaller blocks are kept by the C library itself (glibc: up to 32 MiB).
-_POOLED_BYTES = 1 << 25
+# Smaller blocks are kept by the C library itself. (glibc keeps larger ones too, up to 32 MiB, but only once some of
+# that size have been freed.)
+_POOLED_BYTES = 1 << 21
 
 
 def module() -> Any:

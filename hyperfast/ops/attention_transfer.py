@@ -1,8 +1,14 @@
-"""`hyperfast::attention_transfer`: all taps in one grouped launch; the backward keeps one number per position."""
+"""`hyperfast::attention_transfer`: all taps in one grouped launch.
+
+The backward needs one number per position and the student's maps. On the CPU the forward pass may already write the
+gradients, sample by sample while a map is in the cache: three passes over memory instead of four. They are right only
+for the upstream gradient that was expected; any other makes the backward compute them anew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -51,24 +57,49 @@ def _cuda_supports_backward(_grad: Tensor, student: Sequence[Tensor], *_: Any) -
     return reason
 
 
-def _cuda_supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> str | None:
+def _without_expectation(expected_grad: Tensor | None) -> str | None:
+    """Comparing with the upstream gradient would wait for a GPU."""
+    return None if expected_grad is None else "expected_grad is for the CPU"
+
+
+def _cuda_supports(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    _p: int,
+    _mode: str,
+    _eps: float,
+    expected_grad: Tensor | None = None,
+) -> str | None:
     positions = max(s.shape[2:].numel() for s in student)
     if positions > _CUDA_MOST_POSITIONS:
         return f"a map of {positions} positions; shared memory holds {_CUDA_MOST_POSITIONS}"
-    return _cuda_supports_backward(student[0], [*student, *teacher])
+    return _without_expectation(expected_grad) or _cuda_supports_backward(student[0], [*student, *teacher])
 
 
-def _triton_supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> str | None:
+def _triton_supports(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    _p: int,
+    _mode: str,
+    _eps: float,
+    expected_grad: Tensor | None = None,
+) -> str | None:
+    return _without_expectation(expected_grad) or _triton_limits(student, teacher)
+
+
+def _triton_limits(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> str | None:
     reason: str | None = _triton.missing(student[0].device)
     return reason or _triton.kernels("attention_transfer").supports(student, teacher)
 
 
 def _triton_supports_backward(_grad: Tensor, student: Sequence[Tensor], *_: Any) -> str | None:
-    return _triton_supports(student, student)
+    return _triton_limits(student, student)
 
 
-def _triton_forward(*arguments: Any) -> Any:
-    return _triton.kernels("attention_transfer").forward(*arguments)
+def _triton_forward(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], p: int, mode: str, eps: float, _expected_grad: None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return (*_triton.kernels("attention_transfer").forward(student, teacher, p, mode, eps), [])
 
 
 def _triton_backward(*arguments: Any) -> Any:
@@ -94,26 +125,36 @@ def _batches(taps: int) -> list[slice]:
 
 
 def _native_forward(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], p: int, mode: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    student, teacher = [_dense(s) for s in student], [_dense(t) for t in teacher]
-    dtype = accumulator(student)
-    losses = student[0].new_empty(len(student), dtype=dtype)
-    coefficients = student[0].new_empty(coefficient_count(student), dtype=dtype)
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    p: int,
+    mode: str,
+    eps: float,
+    expected_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    maps, teacher = [_dense(s) for s in student], [_dense(t) for t in teacher]
+    dtype = accumulator(maps)
+    losses = maps[0].new_empty(len(maps), dtype=dtype)
+    coefficients = maps[0].new_empty(coefficient_count(maps), dtype=dtype)
+    grad = None if expected_grad is None else expected_grad.contiguous()
+    gradients = [] if grad is None else [_native.empty_like(s) for s in maps]
     first = 0
-    for run in _batches(len(student)):
+    for run in _batches(len(maps)):
         params = _native.module().AttentionParams(
-            dtype=_native.DTYPES[student[0].dtype], mode=_MODES[mode], power=p, eps=eps
+            dtype=_native.DTYPES[maps[0].dtype], mode=_MODES[mode], power=p, eps=eps
         )
-        for s, t in zip(student[run], teacher[run], strict=True):
-            params.add_tap(**_sizes(s), **_map("student", s), **_map("teacher", t))
+        for s, t, d in zip_longest(maps[run], teacher[run], gradients[run]):
+            address = 0 if d is None else d.data_ptr()
+            params.add_tap(**_sizes(s), **_map("student", s), **_map("teacher", t), d_student=address)
         # One loss per sample, and the ticket of the CUDA launch behind them.
-        scratch = losses.new_empty(sum(s.shape[0] for s in student[run]) + 1)
+        scratch = losses.new_empty(sum(s.shape[0] for s in maps[run]) + 1)
         params.set_forward(losses[run].data_ptr(), scratch.data_ptr(), coefficients[first:].data_ptr())
-        work = sum(features.numel() for features in (*student[run], *teacher[run]))
+        if grad is not None:
+            params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), _past_caches(maps[run]))
+        work = sum(features.numel() for features in (*maps[run], *teacher[run]))
         _native.launch("attention_transfer_forward", params, losses, work, scratch[-1:].data_ptr())
-        first += coefficient_count(student[run])
-    return losses, coefficients
+        first += coefficient_count(maps[run])
+    return losses, coefficients, [_strided_as(d, s) for d, s in zip(gradients, student, strict=False)]
 
 
 def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, p: int) -> list[Tensor]:
@@ -125,12 +166,14 @@ def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tens
         params = _native.module().AttentionParams(dtype=_native.DTYPES[maps[0].dtype], mode=0, power=p, eps=0.0)
         for s, d in zip(maps[run], gradients[run], strict=True):
             params.add_tap(**_sizes(s), **_map("student", s), d_student=d.data_ptr())
-        work = sum(s.numel() for s in maps[run])
-        past_caches = work * maps[0].element_size() > _CACHE_BYTES
-        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), past_caches)
-        _native.launch("attention_transfer_backward", params, grad, work)
+        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), _past_caches(maps[run]))
+        _native.launch("attention_transfer_backward", params, grad, sum(s.numel() for s in maps[run]))
         first += coefficient_count(maps[run])
     return [_strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
+
+
+def _past_caches(maps: Sequence[Tensor]) -> bool:
+    return sum(s.numel() * s.element_size() for s in maps) > _CACHE_BYTES
 
 
 def _strided_as(gradient: Tensor, features: Tensor) -> Tensor:
@@ -145,7 +188,7 @@ forward_implementations = Dispatcher(
         Implementation(Backend.CUDA, _native_forward, _cuda_supports),
         Implementation(Backend.CPU, _native_forward, _cpu_supports),
         Implementation(Backend.TRITON, _triton_forward, _triton_supports),
-        Implementation(Backend.REFERENCE, reference.attention_transfer_with_coefficients),
+        Implementation(Backend.REFERENCE, reference.attention_transfer_forward),
     ],
 )
 backward_implementations = Dispatcher(
@@ -169,25 +212,48 @@ def accumulator(student: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(accumulator_dtype(s.dtype) == torch.float64 for s in student) else torch.float32
 
 
-def _forward_fake(student: list[Tensor], teacher: list[Tensor], p: int, mode: str, eps: float) -> tuple[Tensor, Tensor]:
+def _forward_fake(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    p: int,
+    mode: str,
+    eps: float,
+    expected_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype = accumulator(student)
     return (
         student[0].new_empty(len(student), dtype=dtype),
         student[0].new_empty(coefficient_count(student), dtype=dtype),
+        [] if expected_grad is None else [torch.empty_like(s) for s in student],
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, _teacher, p, _mode, _eps = inputs
-    ctx.save_for_backward(*student, output[1])
-    ctx.p = p
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    student, _teacher, p, _mode, _eps, expected_grad = inputs
+    _losses, coefficients, gradients = output
+    ctx.p, ctx.taps = p, len(student)
+    if expected_grad is None:
+        ctx.save_for_backward(*student, coefficients)
+    else:
+        ctx.save_for_backward(*student, coefficients, expected_grad, *gradients)
+    ctx.mark_non_differentiable(coefficients, *gradients)
+    ctx.set_materialize_grads(False)  # no zeros as large as the maps for outputs that have no gradient
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_coefficients: Tensor | None) -> tuple[Any, ...]:
-    *student, coefficients = ctx.saved_tensors
-    gradients = attention_transfer_backward(grad, student, coefficients, ctx.p)
-    return gradients, [None] * len(student), None, None, None
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return [None] * ctx.taps, [None] * ctx.taps, None, None, None, None
+    student, coefficients = ctx.saved_tensors[: ctx.taps], ctx.saved_tensors[ctx.taps]
+    expected_grad, *gradients = ctx.saved_tensors[ctx.taps + 1 :] or [None]
+    as_expected = (
+        expected_grad is not None
+        and type(grad) is Tensor  # while a graph is traced it has no numbers
+        and not torch.is_grad_enabled()  # a gradient that is differentiated again needs its graph
+        and torch.equal(grad, expected_grad)
+    )
+    if not as_expected:
+        gradients = attention_transfer_backward(grad, student, coefficients, ctx.p)
+    return gradients, [None] * ctx.taps, None, None, None, None
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> Any:
@@ -197,7 +263,8 @@ def _no_double_backward(ctx: Any, *_: Any) -> Any:
 
 
 attention_transfer = register(
-    "attention_transfer(Tensor[] student, Tensor[] teacher, int p, str mode, float eps) -> (Tensor, Tensor)",
+    "attention_transfer(Tensor[] student, Tensor[] teacher, int p, str mode, float eps, "
+    "Tensor? expected_grad) -> (Tensor, Tensor, Tensor[])",
     forward_implementations,
     _forward_fake,
     _backward,

@@ -109,14 +109,12 @@ class Distillation:
 
     def __init__(self, teacher: nn.Module, config: DistillConfig, label_smoothing: float = 0.0) -> None:
         self.teacher, self.config, self.label_smoothing = _frozen(teacher, config), config, label_smoothing
+        betas = {name: METHODS[name].beta if term.beta is None else term.beta for name, term in config.losses.items()}
         self.modules = nn.ModuleDict(
-            {name: METHODS[name].build(**term.options) for name, term in config.losses.items()}
+            {name: METHODS[name].build(**term.options, beta=betas[name]) for name, term in config.losses.items()}
         )
-        self.betas = {
-            name: METHODS[name].beta if term.beta is None else term.beta for name, term in config.losses.items()
-        }
         self.kd = losses.LogitDistillation(config.temperature)
-        self.settings: Mapping[str, JSON] = {"distillation": {**_plain(asdict(config)), "betas": self.betas}}
+        self.settings: Mapping[str, JSON] = {"distillation": {**_plain(asdict(config)), "betas": betas}}
         self._taps: surgery.Taps | None = None
 
     @contextlib.contextmanager
@@ -144,7 +142,7 @@ class Distillation:
         terms = {"cross_entropy": cross_entropy}
         total = self.config.cross_entropy_weight * cross_entropy
         for name, loss in self._feature_losses():
-            total = total + self.betas[name] * self._feature_loss(loss, progress)
+            total = total + self._feature_loss(loss, progress)
             assert loss.last is not None
             terms[name] = loss.last
         if self.config.kd_weight:

@@ -4,7 +4,7 @@ from hyperfast.reference.attention_transfer import (
     MODES,
     attention_transfer,
     attention_transfer_backward,
-    attention_transfer_with_coefficients,
+    attention_transfer_forward,
 )
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
 
@@ -14,7 +14,7 @@ __all__ = [
     "MODES",
     "attention_transfer",
     "attention_transfer_backward",
-    "attention_transfer_with_coefficients",
+    "attention_transfer_forward",
     "generate",
     "generate_backward",
 ]

@@ -44,10 +44,17 @@ def attention_transfer(
     )
 
 
-def attention_transfer_with_coefficients(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], p: int, mode: str, eps: float
-) -> tuple[Tensor, Tensor]:
+def attention_transfer_forward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    p: int,
+    mode: str,
+    eps: float,
+    expected_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Losses `[L]` and, for the backward pass, dL/dQ of every position of every tap, flat `[sum(B * N)]`.
+
+    With `expected_grad` `[L]` also the gradients that the backward pass will return if it gets just that.
 
     With w = dL/du and n = ||Q||: dL/dQ = (w - u (u . w)) / n (`code`, `paper`) or
     (w - Q (Q . w) / (n (n + eps))) / (n + eps) (`zoo`); times p / C (`code`) or p, so that
@@ -59,7 +66,10 @@ def attention_transfer_with_coefficients(
         s, t = s.to(dtype), t.to(dtype)
         losses.append(attention_transfer_tap(s, t, p, mode, eps))
         coefficients.append(_coefficients(s, t, p, mode, eps).flatten())
-    return torch.stack(losses), torch.cat(coefficients)
+    gradients: list[Tensor] = []
+    if expected_grad is not None:
+        gradients = attention_transfer_backward(expected_grad, student, torch.cat(coefficients), p)
+    return torch.stack(losses), torch.cat(coefficients), gradients
 
 
 def _coefficients(student: Tensor, teacher: Tensor, p: int, mode: str, eps: float) -> Tensor:

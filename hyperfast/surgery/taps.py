@@ -173,7 +173,7 @@ def taps(
         ...     logits = student(images)
         ...     with torch.no_grad():
         ...         teacher(images)
-        >>> loss = F.cross_entropy(logits, labels) + 1000 * AttentionTransfer()(taps.student, taps.teacher)
+        >>> loss = F.cross_entropy(logits, labels) + AttentionTransfer(beta=1000)(taps.student, taps.teacher)
     """
     records = Taps(TapRecord("student"), TapRecord("teacher"))
     with contextlib.ExitStack() as stack:

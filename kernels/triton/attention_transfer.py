@@ -342,7 +342,7 @@ def supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> s
 def forward(
     student: Sequence[Tensor], teacher: Sequence[Tensor], p: int, mode: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses and coefficients of `reference.attention_transfer_with_coefficients`, in one launch.
+    """Losses and coefficients of `reference.attention_transfer_forward`, in one launch.
 
     Args:
         student: maps `[B, C, *spatial]`, contiguous or channels_last (other layouts are copied), of one dtype.

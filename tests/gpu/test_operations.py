@@ -187,8 +187,8 @@ def test_attention_transfer_agrees_with_float64(
 def test_attention_transfer_is_one_launch_each_way(backend: str) -> None:
     student = [torch.randn(shape, device="cuda") for shape in MAPS["resnet"]]
     with hyperfast.use_backend(backend):
-        forward = _kernels(lambda: torch.ops.hyperfast.attention_transfer(student, student, 2, "code", 1e-12))
-        losses, coefficients = torch.ops.hyperfast.attention_transfer(student, student, 2, "code", 1e-12)
+        forward = _kernels(lambda: torch.ops.hyperfast.attention_transfer(student, student, 2, "code", 1e-12, None))
+        losses, coefficients, _ = torch.ops.hyperfast.attention_transfer(student, student, 2, "code", 1e-12, None)
         backward = _kernels(
             lambda: torch.ops.hyperfast.attention_transfer_backward(losses, student, coefficients, 2)
         )

@@ -47,8 +47,8 @@ def check(kernels: ModuleType, student: list[Tensor], teacher: list[Tensor], p: 
     eps = 1e-6 if mode == "zoo" else 1e-12
     losses, coefficients = kernels.forward(student, teacher, p, mode, eps)
     assert losses.dtype == coefficients.dtype == torch.float32
-    eager = reference.attention_transfer_with_coefficients(student, teacher, p, mode, eps)
-    exact = reference.attention_transfer_with_coefficients(doubled(student), doubled(teacher), p, mode, eps)
+    eager = reference.attention_transfer_forward(student, teacher, p, mode, eps)
+    exact = reference.attention_transfer_forward(doubled(student), doubled(teacher), p, mode, eps)
     assert_as_accurate(losses, eager[0], exact[0], what="losses")
     assert_as_accurate(coefficients, eager[1], exact[1], what="coefficients")
     # Losses are about 1 / N: a gradient scaled as a loss scale would does not vanish in float16.

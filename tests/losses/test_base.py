@@ -8,7 +8,7 @@ from hyperfast.surgery.taps import TapKey
 
 
 class Squared(FeatureLoss):
-    def per_tap(self, student, teacher):
+    def per_tap(self, student, teacher, expected_grad=None):
         return torch.stack([(s - t).square().mean() for s, t in zip(student, teacher, strict=True)])
 
 
@@ -40,6 +40,25 @@ def test_default_is_the_mean_over_taps(pair):
 )
 def test_weights(pair, weights):
     torch.testing.assert_close(Squared(weights)(*pair), values(pair) @ torch.tensor([1.0, 0.0, 2.5]))
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.0, 2.5), torch.tensor([1.0, 0.0, 2.5])])
+def test_beta_scales_the_whole_loss(pair, weights):
+    torch.testing.assert_close(Squared(weights, beta=7.0)(*pair), 7 * Squared(weights)(*pair))
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.0, 2.5), torch.tensor([1.0, 0.0, 2.5])])
+def test_the_expected_gradient_is_the_gradient(pair, weights):
+    seen = []
+
+    class Spy(Squared):
+        def per_tap(self, student, teacher, expected_grad=None):
+            losses = super().per_tap(student, teacher)
+            losses.register_hook(lambda grad: seen.append((grad, expected_grad)))
+            return losses
+
+    Spy(weights, beta=0.3)(*pair).backward()
+    assert torch.equal(*seen[0])
 
 
 def test_weights_may_change_between_steps(pair):

@@ -1,5 +1,7 @@
 """The contract of `hyperfast::attention_transfer`, on every backend."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,7 @@ def maps(shapes=SHAPES, dtype=torch.float64, memory_format=torch.contiguous_form
 
 def operation(students, teachers, p=2, mode="code", eps=None):
     """The registered operation itself; the public function leaves it out on the reference backend."""
-    return attention_transfer(students, teachers, p, mode, eps_of(mode) if eps is None else eps)[0]
+    return attention_transfer(students, teachers, p, mode, eps_of(mode) if eps is None else eps, None)[0]
 
 
 def plain(students, teachers, p=2, mode="code"):
@@ -253,6 +255,83 @@ def test_second_derivative_of_the_reference(mode, p):
         )
 
 
+# The gradient computed ahead
+
+
+def ahead(students, teachers, expected, factor=1.0, **options):
+    """Loss and gradients where the forward pass was told to expect the gradient `expected`."""
+    losses = functional.attention_transfer(students, teachers, expected_grad=expected, **options)
+    return losses.detach(), torch.autograd.grad((losses * expected * factor).sum(), students)
+
+
+@pytest.fixture
+def backward_runs(monkeypatch):
+    """How often the backward operation ran."""
+    runs = []
+    module = sys.modules["hyperfast.ops.attention_transfer"]
+    run = module.attention_transfer_backward
+    monkeypatch.setattr(module, "attention_transfer_backward", lambda *a: runs.append(1) or run(*a))
+    return runs
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "p"), CASES)
+def test_a_gradient_computed_ahead_is_the_gradient(backward_runs, mode, p, dtype, memory_format):
+    students, teachers = maps(dtype=dtype, memory_format=memory_format)
+    expected = torch.tensor([1.0, 0.0, 0.3, 2.0, 1e3])
+    losses, gradients = ahead(students, teachers, expected, p=p, mode=mode)
+    assert not backward_runs
+    late_losses = functional.attention_transfer(students, teachers, p=p, mode=mode)
+    late = torch.autograd.grad((late_losses * expected).sum(), students)
+    assert torch.equal(losses, late_losses) and all(map(torch.equal, gradients, late))
+    assert [g.stride() for g in gradients] == [torch.empty_like(s).stride() for s in students]
+
+
+def test_an_unexpected_gradient_is_right_too(backward_runs):
+    students, teachers = maps()
+    _, gradients = ahead(students, teachers, torch.ones(5), factor=3.0)
+    assert backward_runs
+    late = torch.autograd.grad(3 * functional.attention_transfer(students, teachers).sum(), students)
+    torch.testing.assert_close(gradients, late, rtol=1e-14, atol=0)
+
+
+def test_weights_that_change_before_the_backward_pass():
+    students, teachers = maps()
+    weights = torch.ones(5)
+    loss = functional.attention_transfer(students, teachers, expected_grad=weights).sum()
+    weights.zero_()
+    expected = torch.autograd.grad(functional.attention_transfer(students, teachers).sum(), students)
+    assert all(map(torch.equal, torch.autograd.grad(loss, students), expected))
+
+
+def test_two_backward_passes_do_not_share_memory_that_either_changes():
+    students, teachers = maps()
+    loss = functional.attention_transfer(students, teachers, expected_grad=torch.ones(5)).sum()
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    once = torch.autograd.grad(loss, students)
+    torch.testing.assert_close([s.grad for s in students], [2 * g for g in once], rtol=0, atol=0)
+
+
+def test_second_derivative_of_a_gradient_computed_ahead_is_a_clear_error():
+    students, teachers = maps()
+    losses = functional.attention_transfer(students, teachers, expected_grad=torch.ones(5))
+    gradients = torch.autograd.grad(losses.sum(), students, create_graph=True)
+    with pytest.raises(RuntimeError, match="no fused second derivative"):
+        torch.autograd.grad(gradients[0].sum(), students[0])
+
+
+def test_opcheck_with_an_expectation():
+    students, teachers = maps(SHAPES[:3], torch.float32)
+    torch.library.opcheck(attention_transfer, (students, teachers, 2, "code", 1e-12, torch.ones(3)))
+
+
+def test_an_expectation_of_another_length():
+    with pytest.raises(ValueError, match=r"expected_grad is \[2\]; expected \[5\], one per tap"):
+        functional.attention_transfer(*maps(), expected_grad=torch.ones(2))
+
+
 # PyTorch
 
 
@@ -260,8 +339,8 @@ def test_second_derivative_of_the_reference(mode, p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(backend, memory_format, dtype):
     students, teachers = maps(SHAPES[:3], dtype, memory_format)
-    torch.library.opcheck(attention_transfer, (students, teachers, 2, "code", 1e-12))
-    _, coefficients = attention_transfer(students, teachers, 2, "code", 1e-12)
+    torch.library.opcheck(attention_transfer, (students, teachers, 2, "code", 1e-12, None))
+    _, coefficients, _ = attention_transfer(students, teachers, 2, "code", 1e-12, None)
     detached = [s.detach() for s in students]
     torch.library.opcheck(attention_transfer_backward, (torch.ones(3), detached, coefficients, 2))
 

@@ -37,7 +37,7 @@ struct AttentionParams {
   void* losses = nullptr;         // [taps]
   void* sample_losses = nullptr;  // [items], scratch of the forward pass
   void* coefficients = nullptr;   // [sum(batch * positions)]
-  const void* grad = nullptr;     // [taps], backward
+  const void* grad = nullptr;     // [taps], backward; in the forward pass on the CPU: gradients are wanted at once
   bool stream = false;            // the gradients are larger than the caches
 };
 
