@@ -157,6 +157,42 @@ PYBIND11_MODULE(_C, m) {
            },
            py::arg("grad"), py::arg("coefficients"), py::arg("stream"));
 
+  py::class_<RankOneParams>(m, "RankOneParams")
+      .def(py::init([](int dtype, int rule, double weight_decay, double step_size, double shrink, double keep_first,
+                       double add_first, double keep_second, double add_second, double second_scale, double eps,
+                       int64_t rows, int64_t hidden, int64_t segments, int64_t chunk, Address offsets, Address weight,
+                       Address first, Address second, Address left, Address right) {
+             RankOneParams p;
+             p.dtype = DType(dtype);
+             p.rule = UpdateRule(rule);
+             p.weight_decay = weight_decay;
+             p.step_size = step_size;
+             p.shrink = shrink;
+             p.keep_first = keep_first;
+             p.add_first = add_first;
+             p.keep_second = keep_second;
+             p.add_second = add_second;
+             p.second_scale = second_scale;
+             p.eps = eps;
+             p.rows = rows;
+             p.hidden = hidden;
+             p.segments = segments;
+             p.chunk = chunk;
+             p.offsets = static_cast<const int64_t*>(pointer(offsets));
+             p.weight = pointer(weight);
+             p.first = pointer(first);
+             p.second = pointer(second);
+             p.left = pointer(left);
+             p.right = pointer(right);
+             return p;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("rule"), py::arg("weight_decay"), py::arg("step_size"),
+           py::arg("shrink") = 1.0, py::arg("keep_first") = 0.0, py::arg("add_first") = 0.0,
+           py::arg("keep_second") = 0.0, py::arg("add_second") = 0.0, py::arg("second_scale") = 1.0,
+           py::arg("eps") = 0.0, py::arg("rows"), py::arg("hidden"), py::arg("segments"), py::arg("chunk"),
+           py::arg("offsets"), py::arg("weight"), py::arg("first") = 0, py::arg("second") = 0, py::arg("left"),
+           py::arg("right"));
+
   const auto release_gil = py::call_guard<py::gil_scoped_release>();
   m.def("generate_forward_cpu", [](const GenerateParams& p, int threads) { cpu_kernels().generate_forward(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
@@ -170,7 +206,15 @@ PYBIND11_MODULE(_C, m) {
         [](const AttentionParams& p, int threads) { cpu_kernels().attention_transfer_backward(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
 
+  m.def("rank_one_update_cpu", [](const RankOneParams& p, int threads) { cpu_kernels().rank_one_update(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
+
 #if HYPERFAST_WITH_CUDA
+  m.def("rank_one_update_cuda",
+        [](const RankOneParams& p, Address stream, int device) {
+          check(rank_one_update_cuda(p, pointer(stream), device));
+        },
+        py::arg("params"), py::arg("stream"), py::arg("device"));
   m.def("generate_forward_cuda",
         [](const GenerateParams& p, Address stream, int device) {
           check(generate_forward_cuda(p, pointer(stream), device));

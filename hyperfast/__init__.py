@@ -8,7 +8,7 @@
     loss = F.cross_entropy(logits, y) + hyperfast.losses.AttentionTransfer(beta=1000)(taps.student, taps.teacher)
 """
 
-from hyperfast import functional, losses
+from hyperfast import functional, losses, optim
 from hyperfast.backends import Backend, BackendUnavailable, explain, use_backend
 from hyperfast.nn import Hypernetwork, hypernetize
 from hyperfast.surgery import taps
@@ -23,6 +23,7 @@ __all__ = [
     "functional",
     "hypernetize",
     "losses",
+    "optim",
     "taps",
     "use_backend",
 ]

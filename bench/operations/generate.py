@@ -36,14 +36,15 @@ class Inputs:
     gradients: list[Tensor]
 
 
-def _size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+def size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Numbers of weights together."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> Inputs:
     """Random parameters of the usual sizes: Kaiming trunk, head and theta0 of standard deviation 0.05."""
     widths: Sequence[int] = options["widths"]
-    total = _size(options["shapes"])
+    total = size(options["shapes"])
     with drawing(seed):
         sizes = [2, *widths]
         trunk = [
@@ -136,12 +137,12 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
 def _traffic(options: Mapping[str, Any]) -> int:
     """Head: read forward, read and its gradient written backward. Vectors [P]: theta0, theta, g and d theta0."""
     width: int = options["widths"][-1]
-    return 4 * _size(options["shapes"]) * (3 * width + 4)
+    return 4 * size(options["shapes"]) * (3 * width + 4)
 
 
 def _flops(options: Mapping[str, Any]) -> int:
     width: int = options["widths"][-1]
-    return 6 * _size(options["shapes"]) * width
+    return 6 * size(options["shapes"]) * width
 
 
 OPERATION = Operation(

@@ -1,8 +1,9 @@
 """A whole training step: a hypernetised CIFAR ResNet learns from labels and from a teacher's attention maps.
 
 Teacher forward, student forward, cross-entropy + 1000 x attention transfer at the three stages, backward, SGD with
-momentum over everything that learns: trunk, head, theta0 and the batch norms that stay in the network. Images lie on
-the device, data loading is no part of it.
+momentum over everything that learns: trunk, head, theta0 and the batch norms that stay in the network. Ours updates the
+head from the factors of its gradient, as the recipes do; "stored head gradient" is without that. Images lie on the
+device, data loading is no part of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import hyperfast
 from hyperfast import models, surgery
+from hyperfast.backends import current_backend
 
 _BETA = 1000.0
 _STAGES = ("layer1", "layer2", "layer3")
@@ -66,10 +68,13 @@ def _work(
     losses: Callable[[], tuple[Tensor, Tensor]],
     generator: Mapping[str, Tensor],
     primary: nn.Module,
+    factored: hyperfast.Hypernetwork | None = None,
 ) -> Work:
-    """`losses` returns logits and loss; `generator` holds the hypernetwork's parameters."""
+    """`losses` returns logits and loss; `generator` holds the parameters of the hypernetwork, `factored` or not."""
     kept = list(primary.parameters())
     optimizer = torch.optim.SGD([*generator.values(), *kept], lr=0.01, momentum=0.9, fused=True)
+    if factored is not None:
+        hyperfast.optim.factor_head(factored, optimizer)
 
     def forward_backward() -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
@@ -85,6 +90,9 @@ def _work(
     def results() -> dict[str, Tensor]:
         logits, loss = forward_backward()
         gradients = {f"d_{name}": parameter.grad for name, parameter in generator.items()}
+        if factored is not None and factored.theta0.grad is not None:
+            h = factored.features(factored.condition.typical())
+            gradients["d_head"] = torch.outer(factored.theta0.grad, h[0].detach())
         gradients["d_norm"] = torch.cat([p.grad.flatten() for p in kept if p.grad is not None])
         found = {"logits": logits.detach(), "loss": loss.detach()}
         return found | {name: gradient for name, gradient in gradients.items() if gradient is not None}
@@ -92,13 +100,18 @@ def _work(
     return Work(step, results)
 
 
-def _hyperfast(inputs: Inputs) -> Work:
+def _factored(inputs: Inputs) -> Work:
+    # The update of the head has no Triton kernel.
+    return _hyperfast(inputs, factored=current_backend() is not hyperfast.Backend.TRITON)
+
+
+def _hyperfast(inputs: Inputs, factored: bool) -> Work:
     student = hyperfast.hypernetize(inputs.model, hidden=_hidden(inputs))
     generator = _parameters(student)
     with torch.no_grad():
         for name, parameter in generator.items():
             parameter.copy_(inputs.parameters[name])
-    attention = hyperfast.losses.AttentionTransfer(weights=[1.0] * len(_STAGES))
+    attention = hyperfast.losses.AttentionTransfer(weights=[1.0] * len(_STAGES), beta=_BETA)
     teacher = surgery.freeze(inputs.teacher, keep=_STAGES)  # what the distillation recipe does
     opened = hyperfast.taps(student, teacher, at=_STAGES)
     taps = opened.__enter__()
@@ -108,10 +121,10 @@ def _hyperfast(inputs: Inputs) -> Work:
         with torch.no_grad():
             teacher(inputs.images)
         logits = student(inputs.images)
-        loss = F.cross_entropy(logits, inputs.labels) + _BETA * attention(taps.student, taps.teacher)
+        loss = F.cross_entropy(logits, inputs.labels) + attention(taps.student, taps.teacher)
         return logits, loss
 
-    return _work(losses, generator, student.primary)
+    return _work(losses, generator, student.primary, student if factored else None)
 
 
 def _hidden(inputs: Inputs) -> list[int]:
@@ -168,7 +181,7 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
         inputs.images.double(),
         inputs.labels,
     )
-    return on_backend(_hyperfast, doubles, hyperfast.Backend.REFERENCE).results()
+    return on_backend(_factored, doubles, hyperfast.Backend.REFERENCE).results()
 
 
 def _flops(options: Mapping[str, Any]) -> int:
@@ -209,11 +222,12 @@ OPERATION = Operation(
         ),
     ],
     providers=[
-        *hyperfast_providers(_hyperfast),
+        *hyperfast_providers(_factored),
+        Provider("hyperfast, stored head gradient", lambda inputs: _hyperfast(inputs, factored=False)),
         Provider("HyperLight 0.0.5 + eager AT", _hyperlight, needs("hyperlight"), hyperlight_adapter.prepare),
         Provider(
             "hyperfast on plain PyTorch",
-            lambda inputs: on_backend(_hyperfast, inputs, hyperfast.Backend.REFERENCE),
+            lambda inputs: on_backend(_factored, inputs, hyperfast.Backend.REFERENCE),
         ),
     ],
     inputs=make_inputs,

@@ -7,11 +7,10 @@
 #include <cmath>
 
 #include "common/portable.h"
+#include "common/segments.h"
 #include "hyperfast/generate.h"
 
 namespace hyperfast {
-
-HF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 HF_INLINE int64_t encoded_width(const GenerateParams& p) {
   return p.encoding == Encoding::kNone ? p.condition_size : 2 * p.condition_size;
@@ -30,23 +29,6 @@ HF_INLINE int64_t trunk_floats(const GenerateParams& p) {
   int64_t total = padded(encoded_width(p));
   for (int layer = 0; layer < p.layers; ++layer) total += 2 * padded(p.widths[layer]);
   return total;
-}
-
-HF_INLINE int64_t chunk_count(const GenerateParams& p) { return (p.rows + p.chunk - 1) / p.chunk; }
-
-HF_INLINE int64_t segment_begin(const GenerateParams& p, int64_t segment) { return p.offsets ? p.offsets[segment] : 0; }
-HF_INLINE int64_t segment_end(const GenerateParams& p, int64_t segment) {
-  return p.offsets ? p.offsets[segment + 1] : p.rows;
-}
-
-// The last segment that begins at or before head row `row`.
-HF_INLINE int64_t segment_of(const GenerateParams& p, int64_t row) {
-  int64_t low = 0, high = p.segments - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (p.offsets[middle] <= row) low = middle; else high = middle - 1;
-  }
-  return low;
 }
 
 template <class A>
@@ -144,18 +126,6 @@ HF_BODY int64_t trunk_forward(Block& block, const GenerateParams& p, typename Bl
   return input;
 }
 
-// Calls f(segment, begin, end) for each run of head rows of chunk `chunk` that shares a segment.
-template <class F>
-HF_BODY void for_each_run(const GenerateParams& p, int64_t chunk, F f) {
-  const int64_t end = smaller((chunk + 1) * p.chunk, p.rows);
-  for (int64_t begin = chunk * p.chunk; begin < end;) {
-    const int64_t segment = p.offsets ? segment_of(p, begin) : 0;
-    const int64_t stop = smaller(segment_end(p, segment), end);
-    f(segment, begin, stop);
-    begin = stop;
-  }
-}
-
 // Where chunk c leaves its share of dh of segment s: the overlapping pairs (c, s) form a staircase, so c + s is unique.
 HF_INLINE int64_t share_index(const GenerateParams& p, int64_t chunk, int64_t segment) {
   return (chunk + segment) * p.batch * p.hidden;
@@ -197,7 +167,7 @@ HF_BODY void generate_chunk(Block& block, const GenerateParams& p, int64_t chunk
   });
 }
 
-// The head's gradient and this chunk's share of dh, in one pass over its rows of the head.
+// The head's gradient, if it is wanted, and this chunk's share of dh, in one pass over its rows of the head.
 // `scratch`: batch * trunk_floats, then batch * hidden per lane group.
 template <class T, class Block>
 HF_BODY void generate_backward_chunk(Block& block, const GenerateParams& p, int64_t chunk,
@@ -234,6 +204,7 @@ HF_BODY void generate_backward_chunk(Block& block, const GenerateParams& p, int6
           }
           lanes.store(share + b * hidden, i, sum);
         }
+        if (!d_head) return;
         HF_UNROLL
         for (int r = 0; r < kRows; ++r) lanes.stream(d_head + (row + r) * hidden, i, gradient[r]);
       });

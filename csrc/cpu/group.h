@@ -15,6 +15,7 @@
 //          stream                    store() of what will not be read soon
 //          once(f)                   f() by one of the lanes
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -267,6 +268,15 @@ struct Lanes {
   HF_INLINE void store(T* p, Positions<N> i, Vector<A, N> v) const { store_as<A, N>(p + i.at, v); }
   template <class T, int N>
   HF_INLINE void stream(T* p, Positions<N> i, Vector<A, N> v) const { stream_as<A, N>(p + i.at, v); }
+  template <class V>
+  HF_INLINE V sqrt(V x) const {
+    if constexpr (sizeof(V) == sizeof(A)) {
+      return std::sqrt(x);
+    } else {
+      for (int k = 0; k < kWidth; ++k) x[k] = std::sqrt(x[k]);  // one instruction, without -fmath-errno
+      return x;
+    }
+  }
   template <class V>
   HF_INLINE V abs(V x) const { return x < A(0) ? -x : x; }
   template <class V>

@@ -33,6 +33,16 @@ struct Vector {
     for (int k = 0; k < N; ++k) a.value[k] *= b.value[k];
     return a;
   }
+  friend __device__ Vector operator/(Vector a, const Vector& b) {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) a.value[k] /= b.value[k];
+    return a;
+  }
+  friend __device__ Vector operator+(Vector a, A b) {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) a.value[k] += b;
+    return a;
+  }
   friend __device__ Vector operator*(Vector a, A b) {
     HF_UNROLL
     for (int k = 0; k < N; ++k) a.value[k] *= b;
@@ -143,6 +153,12 @@ struct Lanes {
   template <int N>
   __device__ Vector<A, N> zero(Positions<N>) const { return Vector<A, N>{}; }
 
+  template <int N>
+  __device__ Vector<A, N> sqrt(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = ::sqrt(x.value[k]);
+    return x;
+  }
   template <int N>
   __device__ Vector<A, N> abs(Vector<A, N> x) const {
     HF_UNROLL

@@ -21,9 +21,11 @@ class Condition(nn.Module):
         size: D, the width of a row.
         offsets: `None` where one row serves all generated weights; else int64 `[S + 1]`, the segments of theta that
             have a row each.
+        steady: whether `rows()` gives the same rows until its parameters change.
     """
 
     kind = "condition"
+    steady = False
     offsets: Tensor | None
 
     def __init__(self, size: int, offsets: Tensor | None = None) -> None:
@@ -66,6 +68,7 @@ class ConstantCondition(Condition):
     """
 
     kind = "constant"
+    steady = True
     value: Tensor
 
     def __init__(self, size: int = 1, value: float | Sequence[float] | Tensor = 0.5) -> None:
@@ -87,6 +90,7 @@ class StochasticCondition(ConstantCondition):
     """
 
     kind = "stochastic"
+    steady = False
 
     def rows(self) -> Tensor:
         return torch.rand_like(self.value) if self.training else self.value
@@ -99,6 +103,7 @@ class LearnedCondition(Condition):
     """A learned row gamma = sigmoid(v), v = 0 at first; `cos|sin` then stays on the manifold of constant norm."""
 
     kind = "learned"
+    steady = True
 
     def __init__(self, size: int = 1) -> None:
         super().__init__(size)
@@ -119,6 +124,8 @@ class PerLayerCondition(Condition):
         size: D.
         kind: how it is called in reports.
     """
+
+    steady = True
 
     def __init__(self, lengths: Sequence[int], size: int = 1, kind: str = "per_layer") -> None:
         offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)

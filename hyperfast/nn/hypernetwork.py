@@ -55,6 +55,8 @@ class Hypernetwork(nn.Module):
         head: `nn.Linear` without bias; `weight` is `[P, H]`.
         theta0: additive weights `[P]` (HyperLight's bias of the last layer).
         targets: the generated parameters in the order of theta.
+        head_gradient_is_factored: whether an optimiser updates the head from the factors of its gradient
+            (`hyperfast.optim.factor_head`); the head then wants no gradient of its own.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Hypernetwork(nn.Module):
             raise ValueError(f"hidden is {tuple(hidden)}; every width must be at least 1")
         self.encoding, self.activation, self.negative_slope = encoding, activation, negative_slope
         self.targets = tuple(targets)
+        self.head_gradient_is_factored = False
         self._sizes = [target.numel for target in self.targets]
         values = _take_over(primary, self.targets)
         device, dtype = values.device, values.dtype
@@ -199,6 +202,21 @@ class Hypernetwork(nn.Module):
             if parameters
         ]
 
+    def cannot_factor_head_gradient(self) -> str | None:
+        """Why the head's gradient is not the outer product of theta0's gradient and the features, or None."""
+        if not self.condition.steady:
+            return (
+                f"the condition is {self.condition.kind!r}; only where it is 'constant', 'learned', 'per_layer' or "
+                "'per_target' does the head read the same features in every forward between two steps"
+            )
+        return None
+
+    def factor_head_gradient(self) -> None:
+        """Compute no gradient of the head: `hyperfast.optim.factor_head` calls this and says what takes its place."""
+        self.head.weight.requires_grad_(False)
+        self.head.weight.grad = None
+        self.head_gradient_is_factored = True
+
     def cost_report(self, *example_inputs: Any, repeats: int = 5) -> CostReport:
         """Parameters and bytes of every part; with example inputs of the model also times. See `CostReport`."""
         from hyperfast.nn.cost import cost_report
@@ -215,6 +233,12 @@ class Hypernetwork(nn.Module):
 
     def _theta(self, condition: Tensor | None) -> Tensor:
         if condition is not None:
+            if self.head_gradient_is_factored and torch.is_grad_enabled():
+                raise ValueError(
+                    "the head of this hypernetwork is updated from the factors of its gradient, which takes its own "
+                    f"{self.condition.kind!r} condition; train under others without hyperfast.optim.factor_head, or "
+                    "call it inside torch.no_grad()"
+                )
             check_condition(condition, self.condition, self.theta0.device, self.encoding)
         return self._run(
             self.condition(condition),

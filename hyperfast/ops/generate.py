@@ -160,12 +160,13 @@ def _native_backward(
     encoding: str,
     activation: str,
     negative_slope: float,
+    head_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, condition, head = grad.contiguous(), condition.contiguous(), head.contiguous()
     weights, biases = [w.contiguous() for w in trunk_weights], [b.contiguous() for b in trunk_biases]
     d_condition = condition.new_empty(condition.shape)
     d_trunk = head.new_empty(trunk_size(weights))
-    d_head = _native.empty(head.shape, head)
+    d_head = _native.empty(head.shape if head_gradient else (0,), head)
     params = _params(condition, weights, biases, head, offsets, encoding, activation, negative_slope)
     # The last element is the ticket by which a CUDA block learns that it is the last one.
     dtype = accumulator_dtype(head.dtype)
@@ -209,12 +210,21 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad: Tensor, condition: Tensor, trunk_weights: list[Tensor], trunk_biases: list[Tensor], head: Tensor, *_: Any
+    grad: Tensor,
+    condition: Tensor,
+    trunk_weights: list[Tensor],
+    trunk_biases: list[Tensor],
+    head: Tensor,
+    offsets: Tensor | None,
+    encoding: str,
+    activation: str,
+    negative_slope: float,
+    head_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         condition.new_empty(condition.shape),
         head.new_empty(trunk_size(trunk_weights)),
-        head.new_empty(head.shape),
+        head.new_empty(head.shape if head_gradient else 0),
     )
 
 
@@ -232,13 +242,16 @@ def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     condition, weights, biases, head, offsets = _saved(ctx)
-    d_condition, d_trunk, d_head = generate_backward(grad, condition, weights, biases, head, offsets, *ctx.options)
+    wanted = ctx.needs_input_grad[3]
+    d_condition, d_trunk, d_head = generate_backward(
+        grad, condition, weights, biases, head, offsets, *ctx.options, wanted
+    )
     sizes = [size for weight in weights for size in (weight.numel(), weight.shape[0])]
     parts = d_trunk.split(sizes)
     d_weights = [part.view(weight.shape) for part, weight in zip(parts[::2], weights, strict=True)]
     # One condition: theta0's gradient is the incoming gradient itself, no copy.
     d_theta0 = grad.squeeze(0) if grad.shape[0] == 1 else grad.sum(0)
-    return d_condition, d_weights, list(parts[1::2]), d_head, d_theta0, None, None, None, None
+    return d_condition, d_weights, list(parts[1::2]), d_head if wanted else None, d_theta0, None, None, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -258,7 +271,7 @@ def _double_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
 
     found = differentiate(backward, (grad, condition, head, *trunk), gradients)
     d_grad, d_condition, d_head, *d_trunk = found
-    return d_grad, d_condition, d_trunk[:layers], d_trunk[layers:], d_head, None, None, None, None
+    return d_grad, d_condition, d_trunk[:layers], d_trunk[layers:], d_head, None, None, None, None, None
 
 
 generate = register(
@@ -269,7 +282,7 @@ generate = register(
     _save,
 )
 generate_backward = register(
-    f"generate_backward(Tensor grad, {_ARGUMENTS.format('')}) -> (Tensor, Tensor, Tensor)",
+    f"generate_backward(Tensor grad, {_ARGUMENTS.format('')}, bool head_gradient) -> (Tensor, Tensor, Tensor)",
     backward_implementations,
     _backward_fake,
     _double_backward,

@@ -25,6 +25,8 @@ class TrainConfig:
         decay_norm_and_bias: apply the decay to biases and to the parameters of normalisation layers too.
         step_factors: divide the learning rate of a hypernetwork's theta0 and head by its `step_factors()`, so that `lr`
             moves the generated weights as far as it moves those of an ordinary network.
+        factored_head: update a hypernetwork's head from the factors of its gradient, without ever storing the gradient
+            (`hyperfast.optim.factor_head`), wherever that can be done.
         warmup_epochs: the learning rate rises linearly over so many epochs; fractions are allowed.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1).
         amp: `"none"`, or arithmetic in `"bf16"` or `"fp16"` (with loss scaling) where autocast deems it safe.
@@ -49,6 +51,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     decay_norm_and_bias: bool = False
     step_factors: bool = True
+    factored_head: bool = True
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
     amp: Literal["none", "bf16", "fp16"] = "none"

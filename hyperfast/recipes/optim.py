@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from hyperfast.nn import Hypernetwork
+from hyperfast.optim import cannot_factor, factor_head
 from hyperfast.recipes.config import TrainConfig
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def build_optimizer(modules: nn.Module, config: TrainConfig, rates: Mapping[str, float] | None = None) -> Optimizer:
-    """SGD or AdamW over every parameter of `modules` that wants a gradient.
+    """SGD or AdamW over every parameter of `modules` that is trained.
 
-    Each group carries `base_lr`, which the schedule multiplies.
+    Each group carries `base_lr`, which the schedule multiplies. Heads of hypernetworks are updated from the factors of
+    their gradients where that is wanted and can be done.
 
     Args:
         modules: what is trained.
@@ -43,14 +45,29 @@ def build_optimizer(modules: nn.Module, config: TrainConfig, rates: Mapping[str,
     options = [{"params": p, "base_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
     # Fused: one pass over weights, gradients and state, instead of one per arithmetic operation.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
+    optimizer: Optimizer
     if config.optimizer == "adamw":
-        return AdamW(options, lr=config.lr, fused=fused)
-    return SGD(options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        optimizer = AdamW(options, lr=config.lr, fused=fused)
+    else:
+        optimizer = SGD(options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    for module in modules.modules() if config.factored_head else ():
+        if isinstance(module, Hypernetwork) and cannot_factor(module, optimizer) is None:
+            factor_head(module, optimizer)
+    return optimizer
 
 
 def trainable(modules: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that want a gradient, by name; a shared one under its first name."""
-    return {name: parameter for name, parameter in modules.named_parameters() if parameter.requires_grad}
+    """Parameters that want a gradient or are updated without one of their own, by name; shared ones by their first."""
+    factored = {
+        module.head.weight
+        for module in modules.modules()
+        if isinstance(module, Hypernetwork) and module.head_gradient_is_factored
+    }
+    return {
+        name: parameter
+        for name, parameter in modules.named_parameters()
+        if parameter.requires_grad or parameter in factored
+    }
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

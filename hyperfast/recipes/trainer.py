@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.data import DeviceLoader, ImageSet, Splits
+from hyperfast.optim import clip_grad_norm_, total_grad_norm
 from hyperfast.recipes import checkpoint
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.cost import Stopwatch, peak_memory, reset_peak_memory
@@ -188,9 +189,9 @@ class Trainer:
     def _clip(self, logged: bool) -> None:
         """Clip the gradient, and keep its L2 norm from before where it will be logged."""
         if self.config.clip_grad_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
+            self.grad_norm = clip_grad_norm_(self.trained, self.config.clip_grad_norm)
         elif logged:
-            self.grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            self.grad_norm = total_grad_norm(self.trained)
 
     def _lr_factor(self, step: int) -> float:
         return cosine_with_warmup(step, self.total_steps, self.warmup_steps)

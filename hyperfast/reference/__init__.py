@@ -7,14 +7,17 @@ from hyperfast.reference.attention_transfer import (
     attention_transfer_forward,
 )
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
+from hyperfast.reference.rank_one_update import adam_rank_one, sgd_rank_one
 
 __all__ = [
     "ACTIVATIONS",
     "ENCODINGS",
     "MODES",
+    "adam_rank_one",
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
     "generate",
     "generate_backward",
+    "sgd_rank_one",
 ]

@@ -99,19 +99,22 @@ def generate_backward(
     encoding: str,
     activation: str,
     negative_slope: float,
+    head_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the condition, of the trunk as one flat tensor `[W_1, b_1, W_2, b_2, ...]`, and of the head.
+
+    Without `head_gradient` the last one is empty.
 
     The trunk is recomputed: it is a few thousand multiplications, its activations are not worth keeping.
     """
     inputs, pre_activations = trunk(condition, trunk_weights, trunk_biases, encoding, activation, negative_slope)
     h = inputs[-1]
     if offsets is None:
-        head_gradient = grad.t() @ h[:, 0]
+        d_head = grad.t() @ h[:, 0] if head_gradient else head.new_zeros(0)
         gradient = (grad @ head)[:, None]
     else:
         segment = _segment_of_rows(offsets, head.shape[0])
-        head_gradient = (grad[..., None] * h[:, segment]).sum(0)
+        d_head = (grad[..., None] * h[:, segment]).sum(0) if head_gradient else head.new_zeros(0)
         gradient = torch.zeros_like(h).index_add(1, segment, grad[..., None] * head)
     parts: list[Tensor] = []
     for weight, x, z in zip(reversed(trunk_weights), reversed(inputs[:-1]), reversed(pre_activations), strict=True):
@@ -120,7 +123,7 @@ def generate_backward(
         parts = [(rows.t() @ x.flatten(0, 1)).flatten(), rows.sum(0), *parts]
         gradient = gradient @ weight
     trunk_gradient = torch.cat(parts) if parts else head.new_zeros(0)
-    return encode_backward(gradient, condition, encoding), trunk_gradient, head_gradient
+    return encode_backward(gradient, condition, encoding), trunk_gradient, d_head
 
 
 def encode_backward(gradient: Tensor, condition: Tensor, encoding: str) -> Tensor:

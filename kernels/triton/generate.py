@@ -171,11 +171,13 @@ def backward(
     encoding: str,
     activation: str,
     negative_slope: float,
+    head_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `reference.generate_backward`, in one launch; bit for bit the same in every run.
 
     Args:
         grad: dL/dtheta `[B, P]`; the rest as for `forward`.
+        head_gradient: whether d_head is wanted; else it is empty.
 
     Returns:
         d_condition `[B, S, D]`, d_trunk flat `[W_1, b_1, W_2, b_2, ...]`, d_head `[P, H]`.
@@ -183,7 +185,7 @@ def backward(
     sizes = _sizes(condition, trunk_weights, head, encoding, activation)
     d_condition = condition.new_empty(condition.shape)
     d_trunk = head.new_empty(sum(w.numel() + w.shape[0] for w in trunk_weights))
-    d_head = head.new_empty(head.shape)
+    d_head = head.new_empty(head.shape if head_gradient else 0)
     if not grad.numel() or not condition.numel():
         return d_condition.zero_(), d_trunk.zero_(), d_head.zero_()
     config = generate_config(sizes.batch, sizes.segments, sizes.width, head.dtype, backward=True)
@@ -193,7 +195,7 @@ def backward(
         generate_backward_kernel[(part.programs,)](
             d_condition,
             d_trunk,
-            d_head,
+            d_head if head_gradient else None,
             grad.contiguous(),
             condition.contiguous(),
             tuple(weight.contiguous() for weight in trunk_weights),
@@ -241,12 +243,19 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
         types |= dict.fromkeys(("scratch", "partial", "trunk_scratch"), "*fp32") | {"ticket": "*i32"}
         types |= {"theta": element, "theta0": element, "weights": layers, "biases": layers, "offsets": "*i64"}
         types |= dict.fromkeys(("B", "S", "P", "chunk"), "i32") | {"negative_slope": "fp32"}
-        for kernel, is_backward in ((generate_forward_kernel, False), (generate_backward_kernel, True)):
+        kernels: list[tuple[Any, bool, dict[str, Any]]] = [
+            (generate_forward_kernel, False, {}),
+            (generate_backward_kernel, True, {}),
+        ]
+        if batch == 1:
+            kernels.append((generate_backward_kernel, True, {"d_head": None}))
+        for kernel, is_backward, omitted in kernels:
             config = generate_config(batch, segments or 1, width, dtype, backward=is_backward)
             constants: dict[str, Any] = _constants(dimension, widths, width, encoding, activation)
-            constants |= _blocks(config, backward=is_backward) | ({} if segments else {"offsets": None})
+            constants |= _blocks(config, backward=is_backward) | ({} if segments else {"offsets": None}) | omitted
             yield Configuration(
-                f"B={batch} S={segments} D={dimension} widths={widths} {encoding} {activation} {dtype}",
+                f"B={batch} S={segments} D={dimension} widths={widths} {encoding} {activation} {dtype}"
+                + (" without d_head" if omitted else ""),
                 kernel,
                 kernel_signature(kernel, types, constants),
                 constants,

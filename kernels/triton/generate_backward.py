@@ -42,7 +42,8 @@ def _backward_rows(
         w = tl.load((head + row * H) + tile, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         given = (grad + row) + (batch.to(tl.int64) * P + lanes)
         g = tl.load(given, mask=(batch < B) & inside, other=0.0).to(tl.float32)
-        tl.store((d_head + row * H) + tile, tl.sum(g * x, 0, keep_dims=True), mask=mask)
+        if d_head is not None:
+            tl.store((d_head + row * H) + tile, tl.sum(g * x, 0, keep_dims=True), mask=mask)
         acc += g * w
     rows = tl.arange(0, BLOCK_B)[:, None]
     cols = tl.arange(0, BLOCK_H)[None, :]
@@ -74,12 +75,14 @@ def _backward_rows_dot(
                 slot_mask = (batch < B)[:, None] & used[None, :]
                 slot = batch[:, None] * H + columns[None, :]
                 x = tl.load(h + slot, mask=slot_mask, other=0.0)
-                d_w = tl.dot(tl.trans(g), x.to(g.dtype), d_w, input_precision=PRECISION)
+                if d_head is not None:
+                    d_w = tl.dot(tl.trans(g), x.to(g.dtype), d_w, input_precision=PRECISION)
                 # The running sum lives in the cache: B rows of it would not fit in registers.
                 share = tl.load(partial + slot, mask=slot_mask & (row > start), other=0.0)
                 share = tl.dot(g, w, share, input_precision=PRECISION)
                 tl.store(partial + slot, share, mask=slot_mask)
-            tl.store((d_head + row * H) + tile, d_w, mask=mask)
+            if d_head is not None:
+                tl.store((d_head + row * H) + tile, d_w, mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

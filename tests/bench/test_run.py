@@ -33,7 +33,7 @@ def test_quick_run_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for row in rows:
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert row["repeats"] == "2"
-        assert int(row["bytes"]) == 4 * 4 * (4 * 8 * 64 + 4 * 16 * 16)
+        assert int(row["bytes"]) == 3 * 4 * (4 * 8 * 64 + 4 * 16 * 16)
         assert float(row["error"]) < 1e-5
         assert row["verified"] == "no"
         assert row["threads"] == "1"

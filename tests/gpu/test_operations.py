@@ -99,7 +99,7 @@ def test_generate_is_one_launch_each_way(backend: str) -> None:
     options = (None, "cos|sin", "leaky_relu", 0.01)
     with hyperfast.use_backend(backend):
         forward = _kernels(lambda: operation.generate(*arguments, inputs["theta0"].detach(), *options))
-        backward = _kernels(lambda: operation.generate_backward(grad, *arguments, *options))
+        backward = _kernels(lambda: operation.generate_backward(grad, *arguments, *options, True))
     assert len(forward) == 1, forward
     assert len(backward) == 1, backward
 
@@ -194,6 +194,34 @@ def test_attention_transfer_is_one_launch_each_way(backend: str) -> None:
         )
     assert len(forward) == 1, forward
     assert len(backward) == 1, backward
+
+
+@pytest.mark.parametrize("hidden", [16, 45, 128])
+@pytest.mark.parametrize("rule", ["sgd", "nesterov", "adam", "adamw"])
+def test_rank_one_update_agrees_with_float64(rule: str, hidden: int) -> None:
+    rows, steps = 5000, 3
+    weight, factors = torch.randn(rows, hidden), [(torch.randn(rows), torch.randn(2, hidden)) for _ in range(steps)]
+    offsets = torch.tensor([0, 1234, rows])
+    results = []
+    for backend, device, dtype in (("reference", "cpu", torch.float64), ("cuda", "cuda", torch.float32)):
+        w = weight.to(device, dtype, copy=True)
+        state = [torch.zeros_like(w), torch.zeros_like(w)]
+        with hyperfast.use_backend(backend):
+            for step, (left, right) in enumerate(factors, start=1):
+                vectors = left.to(device, dtype), right.to(device, dtype)
+                if rule.startswith("adam"):
+                    functional.adam_rank_one(
+                        w, *vectors, exp_avg=state[0], exp_avg_sq=state[1], step=step, weight_decay=0.1,
+                        decoupled=rule == "adamw", offsets=offsets.to(device),
+                    )  # fmt: skip
+                else:
+                    functional.sgd_rank_one(
+                        w, *vectors, lr=0.1, momentum_buffer=state[0], momentum=0.9, weight_decay=0.1,
+                        nesterov=rule == "nesterov", offsets=offsets.to(device),
+                    )  # fmt: skip
+        results.append([w, *state])
+    for a, e in zip(results[1], results[0], strict=True):
+        assert not e.any() or _relative_error(a, e) < 2e-5
 
 
 def test_a_whole_step_in_a_cuda_graph_gives_the_same_gradients() -> None:

@@ -72,13 +72,15 @@ def check(kernels: ModuleType, values: list[Any]) -> None:
     assert theta.dtype == values[3].dtype and theta.is_contiguous()
     assert_as_accurate(theta, reference.generate(*values), reference.generate(*doubled(values)), what="theta")
     grad = torch.randn(theta.shape).to(theta.dtype)
-    inputs = [grad, *without_theta0(values)]
+    inputs = [grad, *without_theta0(values), True]
     found, eager = kernels.backward(*inputs), reference.generate_backward(*inputs)
     for name, a, b, c in zip(
         ("d_condition", "d_trunk", "d_head"), found, eager, reference.generate_backward(*doubled(inputs)), strict=True
     ):
         assert a.dtype == grad.dtype and a.is_contiguous()
         assert_as_accurate(a, b, c, what=name)
+    *rest, d_head = kernels.backward(*inputs[:-1], False)
+    assert d_head.numel() == 0 and all(map(torch.equal, rest, found))
 
 
 @pytest.mark.parametrize("encoding", ["cos|sin", "z|1-z", "none"])

@@ -223,7 +223,19 @@ def test_opcheck(backend, segments, layout):
     torch.library.opcheck(generate, (*args, "cos|sin", "gelu", SLOPE))
     condition, weights, biases, head, _, offsets = args
     inputs = (condition, weights, biases, head, offsets, "cos|sin", "gelu", SLOPE)
-    torch.library.opcheck(generate_backward, (torch.randn(2, 11), *inputs))
+    for head_gradient in (True, False):
+        torch.library.opcheck(generate_backward, (torch.randn(2, 11), *inputs, head_gradient))
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_a_head_that_wants_no_gradient_gets_none(backend, segments):
+    args = arguments(segments=segments)
+    others = [tensor for tensor in flat(args) if tensor is not args[3]]
+    frozen = [*args[:3], args[3].detach(), *args[4:]]
+    theta = operation(frozen)
+    grad = torch.randn_like(theta)
+    found = torch.autograd.grad(theta, others, grad)
+    assert all(map(torch.equal, found, torch.autograd.grad(operation(args), others, grad)))
 
 
 def test_compiles_to_one_graph_with_dynamic_shapes(backend):

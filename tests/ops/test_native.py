@@ -133,7 +133,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             theta = torch.ops.hyperfast.generate(*arguments, theta0, *options)
-            results.append([theta, *torch.ops.hyperfast.generate_backward(grad, *arguments, *options)])
+            results.append([theta, *torch.ops.hyperfast.generate_backward(grad, *arguments, *options, True)])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

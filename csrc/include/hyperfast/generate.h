@@ -31,7 +31,7 @@ struct GenerateParams {
   const void* grad = nullptr;          // [B, P], backward
   void* d_condition = nullptr;         // [R, D]
   void* d_trunk = nullptr;             // [W_1, b_1, W_2, b_2, ...]
-  void* d_head = nullptr;              // [P, H]
+  void* d_head = nullptr;              // [P, H], or null where it is not wanted
   int64_t chunk = 0;                   // head rows of one work item
   void* workspace = nullptr;           // generate_workspace_size() accumulators, backward only
 };
