@@ -11,8 +11,10 @@
 //          sum(n, f)                 sum of f(i) over them
 //          sums(n, totals, f)        several sums at once, totals[r] of f(r, i)
 //          load / store / stream     one vector, converted to the accumulator type; stream() will not be read soon
+//          abs / sign / sqrt         of one vector
 //          once(f)                   f() by one of the lanes
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -264,6 +266,15 @@ struct Lanes {
   HF_INLINE V sign(V x) const {
     const V one = V{} + A(1), none = V{};
     return x > A(0) ? one : (x < A(0) ? -one : none);
+  }
+  template <class V>
+  HF_INLINE V sqrt(V x) const {
+    if constexpr (std::is_same_v<V, A>) {
+      return std::sqrt(x);
+    } else {
+      for (size_t k = 0; k < sizeof(V) / sizeof(A); ++k) x[k] = std::sqrt(x[k]);
+      return x;
+    }
   }
   template <int N>
   HF_INLINE Vector<A, N> zero(Positions<N>) const { return Vector<A, N>{}; }

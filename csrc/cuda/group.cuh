@@ -38,6 +38,16 @@ struct Vector {
     for (int k = 0; k < N; ++k) a.value[k] *= b;
     return a;
   }
+  friend __device__ Vector operator+(Vector a, A b) {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) a.value[k] += b;
+    return a;
+  }
+  friend __device__ Vector operator/(Vector a, const Vector& b) {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) a.value[k] /= b.value[k];
+    return a;
+  }
 };
 
 template <int N>
@@ -149,6 +159,12 @@ struct Lanes {
   __device__ Vector<A, N> sign(Vector<A, N> x) const {
     HF_UNROLL
     for (int k = 0; k < N; ++k) x.value[k] = A((x.value[k] > 0) - (x.value[k] < 0));
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> sqrt(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = std::sqrt(x.value[k]);
     return x;
   }
 };

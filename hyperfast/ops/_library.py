@@ -33,6 +33,28 @@ def register(
     return getattr(torch.ops.hyperfast, name).default
 
 
+def register_mutating(schema: str, run: Callable[..., None]) -> Any:
+    """As `register`, for an operation that changes the arguments marked in its schema and returns nothing.
+
+    No gradient flows through it. The changed tensors count a new version each, so that a backward pass which needs
+    the old values fails instead of using the new ones.
+    """
+    name = schema.split("(", 1)[0]
+    library.define(schema)
+    operation = getattr(torch.ops.hyperfast, name).default
+    arguments = operation._schema.arguments
+    changed = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def run_and_count(*arguments: Any) -> None:
+        run(*arguments)
+        for position in changed:
+            torch.autograd.graph.increment_version(arguments[position])
+
+    library.impl(name, without_autocast(run_and_count), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hyperfast::{name}", lambda *_: None, lib=library)
+    return operation
+
+
 def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` in the dtypes of its arguments: sums over all weights of a network do not become bfloat16 unasked."""
 

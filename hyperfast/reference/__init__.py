@@ -7,6 +7,7 @@ from hyperfast.reference.attention_transfer import (
     attention_transfer_with_coefficients,
 )
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
+from hyperfast.reference.ranger_update import ranger_update
 
 __all__ = [
     "ACTIVATIONS",
@@ -17,4 +18,5 @@ __all__ = [
     "attention_transfer_with_coefficients",
     "generate",
     "generate_backward",
+    "ranger_update",
 ]
