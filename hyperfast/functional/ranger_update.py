@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyperfast.functional._checks import check_same_device
 from hyperfast.ops import ranger_update as _op
 from hyperfast.ops._library import accumulator_dtype
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 
 
 @torch.no_grad()
@@ -80,16 +82,8 @@ def ranger_update(
     if not parameters:
         return
     device = parameters[0].device
-    for index, p in enumerate(parameters):
-        if not p.is_floating_point():
-            raise ValueError(f"parameter {index} is {p.dtype}; expected float16, bfloat16, float32 or float64")
-        check_same_device(**{"parameter 0": parameters[0], f"parameter {index}": p})
-        state = accumulator_dtype(p.dtype)
-        _check_like(f"gradient {index}", gradients[index], p.shape, p.dtype, device)
-        _check_like(f"exp_avg {index}", exp_avg[index], p.shape, state, device)
-        _check_like(f"exp_avg_sq {index}", exp_avg_sq[index], p.shape, state, device)
-        _check_like(f"slow {index}", slow[index], p.shape, state, device)
-        _check_like(f"step {index}", steps[index], (), torch.float32, device)
+    for index, tensors in enumerate(zip(parameters, *lists.values(), strict=True)):
+        _check_tensors(index, device, *tensors)
     _op.ranger_update(
         parameters, gradients, exp_avg, exp_avg_sq, slow, steps, _rate(lr, device),
         betas[0], betas[1], eps, weight_decay, k, alpha, centralize,
@@ -110,12 +104,35 @@ def check_ranger_options(betas: tuple[float, float], eps: float, weight_decay: f
         raise ValueError(f"alpha is {alpha}; expected a number in (0, 1]")
 
 
-def _check_like(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or tensor.is_sparse:
-        raise ValueError(
-            f"{name} is {'sparse ' if tensor.is_sparse else ''}{tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-            f"expected dense {dtype} {list(shape)} on {device}"
-        )
+def _check_tensors(
+    index: int, device: torch.device, p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, slow: Tensor, step: Tensor
+) -> None:
+    """Raise a ValueError unless the gradient and the state of parameter `p` fit it."""
+    shape, dtype = p.shape, p.dtype
+    if dtype not in _DTYPES or p.device != device:
+        raise ValueError(f"parameter {index} is {dtype} on {p.device}; expected {_DTYPE_NAMES} on {device}")
+    state = accumulator_dtype(dtype)
+    # A kernel writes to all of these: one that does not fit is memory of another. Written out, as every step runs it.
+    if (
+        gradient.shape == m.shape == v.shape == slow.shape == shape
+        and gradient.dtype == dtype
+        and m.dtype == v.dtype == slow.dtype == state
+        and gradient.device == m.device == v.device == slow.device == step.device == device
+        and gradient.layout == torch.strided
+        and step.dtype == torch.float32
+        and step.ndim == 0
+    ):
+        return
+    expected = {"gradient": dtype, "exp_avg": state, "exp_avg_sq": state, "slow": state}
+    found = ", ".join(
+        f"{name} {tensor.layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        for name, tensor in zip((*expected, "step"), (gradient, m, v, slow, step), strict=True)
+    )
+    wanted = ", ".join(f"{name} {kind}" for name, kind in expected.items())
+    raise ValueError(
+        f"parameter {index} is {dtype} {list(shape)} on {device}; expected dense tensors of that shape and device "
+        f"({wanted}) and a float32 scalar step, got {found}"
+    )
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> Tensor:

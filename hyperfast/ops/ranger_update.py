@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
 from hyperfast.ops import _native
-from hyperfast.ops._library import accumulator_dtype, register_mutating
+from hyperfast.ops._library import register_mutating
 
 Tensors = Sequence[Tensor]
 
@@ -23,18 +23,20 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _has_dense_rows(tensor: Tensor) -> bool:
     """Whether each slice of the first dimension is a block of memory and one follows the other."""
-    if tensor.is_contiguous():
-        return True
-    return tensor.ndim > 0 and tensor.stride(0) == tensor[0].numel() and _is_dense(tensor[0])
+    return tensor.is_contiguous() or (
+        tensor.ndim > 0 and tensor.stride(0) == tensor[0].numel() and _is_dense(tensor[0])
+    )
 
 
 def _alike(tensor: Tensor, parameter: Tensor) -> bool:
-    return tensor.stride() == parameter.stride() or (tensor.is_contiguous() and parameter.is_contiguous())
+    return (tensor.is_contiguous() and parameter.is_contiguous()) or tensor.stride() == parameter.stride()
 
 
 def _native_limits(parameters: Tensors, state: Sequence[Tensors]) -> str | None:
     if len({p.dtype for p in parameters}) > 1:
         return "the parameters are of different dtypes"
+    if all(tensor.is_contiguous() for tensors in (parameters, *state) for tensor in tensors):
+        return None
     for index, p in enumerate(parameters):
         if not _has_dense_rows(p):
             return f"parameter {index} has strides {p.stride()}; its rows are not blocks of memory"
@@ -70,7 +72,8 @@ def _native_update(
     centralize: bool,
 ) -> None:
     like = parameters[0]
-    gradients = [g if _alike(g, p) else torch.empty_like(p).copy_(g) for g, p in zip(gradients, parameters, strict=True)]
+    pairs = zip(gradients, parameters, strict=True)
+    gradients = [g if _alike(g, p) else torch.empty_like(p).copy_(g) for g, p in pairs]
     tensors = list(zip(parameters, gradients, exp_avg, exp_avg_sq, slow, steps, strict=True))
     most = _native.module().max_ranger_tensors
     for first in range(0, len(tensors), most):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +12,9 @@ from torch.optim import Optimizer
 from hyperfast.functional import ranger_update
 from hyperfast.functional.ranger_update import check_ranger_options
 
-_STATE = ("exp_avg", "exp_avg_sq", "slow")
+_STATE = ("exp_avg", "exp_avg_sq", "slow", "step")
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "k", "alpha", "centralize")
+_Launches: TypeAlias = "dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]]"
 
 
 class Ranger(Optimizer):
@@ -97,24 +98,36 @@ class Ranger(Optimizer):
             _place_rate(group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; `closure`, if given, computes the loss and its gradients again, and its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for device, parameters in _by_device_and_dtype(group["params"]).items():
-                _check_capture(device[0], group["capturable"])
-                state = [self._state_of(p) for p in parameters]
-                ranger_update(
-                    parameters,
-                    [p.grad for p in parameters],  # type: ignore[misc]
-                    *([s[name] for s in state] for name in _STATE),
-                    [s["step"] for s in state],
-                    **{name: group[name] for name in _OPTIONS},
-                )
+            options = {name: group[name] for name in _OPTIONS}
+            for (device, _), tensors in self._by_device_and_dtype(group["params"]).items():
+                _check_capture(device, group["capturable"])
+                ranger_update(*tensors, **options)
         return loss
+
+    def _by_device_and_dtype(self, parameters: Iterable[Tensor]) -> _Launches:
+        """What one launch takes: lists of parameters, gradients and state, of those parameters with a gradient."""
+        found: _Launches = {}
+        for p in parameters:
+            gradient = p.grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise RuntimeError(
+                    f"Ranger got a {gradient.layout} gradient of a parameter {list(p.shape)}; it needs dense ones "
+                    "(nn.Embedding(sparse=False))"
+                )
+            state = self._state_of(p)
+            lists = found.setdefault((p.device, p.dtype), ([], [], [], [], [], []))
+            for tensors, tensor in zip(lists, (p, gradient, *(state[name] for name in _STATE)), strict=True):
+                tensors.append(tensor)
+        return found
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -125,23 +138,6 @@ class Ranger(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
             state["slow"] = torch.empty_like(parameter, dtype=dtype).copy_(parameter)
         return state
-
-
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "k", "alpha", "centralize")
-
-
-def _by_device_and_dtype(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """Parameters that have a gradient; one launch takes those of one device and dtype."""
-    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for p in parameters:
-        if p.grad is None:
-            continue
-        if p.grad.is_sparse:
-            raise RuntimeError(
-                f"Ranger got a sparse gradient {list(p.shape)}; use dense gradients (nn.Embedding(sparse=False))"
-            )
-        found[p.device, p.dtype].append(p)
-    return found
 
 
 def _place_rate(group: dict[str, Any]) -> None:
