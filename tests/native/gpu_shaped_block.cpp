@@ -1,5 +1,6 @@
 // Runs the kernels' bodies on a Block shaped like a GPU's (several groups of lanes, vectors of four) and on the
 // processor's own, and fails where they differ. What only a GPU has, concurrency, is not tested here.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -7,6 +8,7 @@
 
 #include "common/attention_transfer.h"
 #include "common/generate.h"
+#include "common/ranger_update.h"
 #include "cpu/group.h"
 
 using namespace hyperfast;
@@ -207,6 +209,52 @@ void test_attention(AttentionMode mode, bool channels_last) {
   compare("gradient", a.gradient, b.gradient);
 }
 
+struct Ranger {
+  std::vector<float> parameter, exp_avg, exp_avg_sq, slow;
+};
+
+// A tensor of `size` elements in rows of `length`; no rows: nothing is centralised.
+template <class Block>
+Ranger update(RangerParams p, const Ranger& before, const std::vector<float>& gradient, int64_t size, int64_t length,
+              float step) {
+  Block block;
+  Ranger after = before;
+  RangerTensor& x = p.tensor[0];
+  p.tensors = 1;
+  x.parameter = after.parameter.data();
+  x.gradient = gradient.data();
+  x.exp_avg = after.exp_avg.data();
+  x.exp_avg_sq = after.exp_avg_sq.data();
+  x.slow = after.slow.data();
+  x.step = &step;
+  x.size = size;
+  x.centralize = length > 0;
+  x.length = length > 0 ? length : std::min(size, kRangerItem);
+  const auto factors = ranger_factors<float>(p, x);
+  for (int64_t item = 0; item < ranger_items(x); ++item) ranger_item<float>(block, p, x, factors, item);
+  return after;
+}
+
+void test_ranger(int64_t size, int64_t length, float step) {
+  RangerParams p;
+  p.beta1 = 0.5;
+  p.beta2 = 0.999;
+  p.eps = 1e-5;
+  p.weight_decay = 1e-3;
+  p.alpha = 0.5;
+  p.k = 6;
+  p.lr_value = 5e-3;
+  const auto gradient = draw(size);
+  Ranger before{draw(size), draw(size), draw(size), draw(size)};
+  for (float& v : before.exp_avg_sq) v = std::fabs(v);
+  const Ranger a = update<GpuBlock>(p, before, gradient, size, length, step);
+  const Ranger b = update<native::Block<float>>(p, before, gradient, size, length, step);
+  compare("parameter", a.parameter, b.parameter);
+  compare("exp_avg", a.exp_avg, b.exp_avg);
+  compare("exp_avg_sq", a.exp_avg_sq, b.exp_avg_sq);
+  compare("slow", a.slow, b.slow);
+}
+
 }  // namespace
 
 int main() {
@@ -216,5 +264,13 @@ int main() {
   test_generate(2, {0, 0, 150, 300}, {}, 300, 32);
   for (AttentionMode mode : {AttentionMode::kCode, AttentionMode::kPaper, AttentionMode::kZoo})
     for (bool channels_last : {false, true}) test_attention(mode, channels_last);
+  for (float step : {0.f, 5.f, 8.f}) {  // at first not rectified; with the sixth step the slow copy moves
+    test_ranger(7, 0, step);
+    test_ranger(5001, 0, step);
+    test_ranger(99 * 7, 7, step);
+    test_ranger(40 * 256, 256, step);
+    test_ranger(3 * 301, 301, step);
+    test_ranger(2 * 5000, 5000, step);
+  }
   return failures ? 1 : 0;
 }
