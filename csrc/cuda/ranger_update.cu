@@ -10,7 +10,7 @@ namespace {
 constexpr int kLanes = 32;
 
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 3)
     ranger_update_kernel(const __grid_constant__ RangerParams p, unsigned* ticket) {
   __shared__ RangerFactors<A> factors;
   Block<A, kLanes> block;
