@@ -83,8 +83,9 @@ def _native_update(
         )  # fmt: skip
         work = 0
         for group in tensors[first : first + most]:
-            size = group[0].numel()
-            row = size // len(group[0]) if centralize and group[0].ndim >= 2 and size else 0
+            shape = group[0].shape
+            size = shape.numel()
+            row = size // shape[0] if centralize and len(shape) >= 2 and size else 0
             params.add_tensor(*[tensor.data_ptr() for tensor in group], size, row)
             work += 5 * size
         ticket = like.new_empty(1, dtype=torch.int32)  # of the CUDA launch

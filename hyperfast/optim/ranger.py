@@ -20,7 +20,7 @@ _Launches: TypeAlias = "dict[tuple[torch.device, torch.dtype], tuple[list[Tensor
 class Ranger(Optimizer):
     """RAdam with centralised gradients, decoupled weight decay and Lookahead; all tensors in one launch.
 
-    The formula stands at :func:`hyperfast.functional.ranger_update`. Defaults are those of NeRN, which differ from the
+    The formula stands at `hyperfast.functional.ranger_update`. Defaults are those of NeRN, which differ from the
     published Ranger:
 
     - Gradients are always centralised there: its option to switch that off is read nowhere. Here `centralize=False`
@@ -51,7 +51,7 @@ class Ranger(Optimizer):
         ValueError: an option out of its range.
         RuntimeError: a sparse gradient; a capture without `capturable`.
 
-    Source: as :func:`hyperfast.functional.ranger_update`; lessw2020/Ranger-Deep-Learning-Optimizer, as in NeRN.
+    Source: as `hyperfast.functional.ranger_update`; lessw2020/Ranger-Deep-Learning-Optimizer, as in NeRN.
     """
 
     def __init__(
