@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/generate.h"
+#include "common/ranger_update.h"
 #include "host_memory.h"
 #include "instruction_set.h"
 
@@ -79,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = HYPERFAST_WITH_CUDA ? HYPERFAST_CUDA_ARCHS : "";
   m.attr("max_layers") = kMaxLayers;
   m.attr("max_taps") = kMaxTaps;
+  m.attr("max_ranger_tensors") = kMaxRangerTensors;
   m.def("instruction_set", [] { return cpu_kernels().instruction_set; });
 
   py::class_<HostBuffer>(m, "HostBuffer", py::buffer_protocol())
@@ -192,6 +194,42 @@ PYBIND11_MODULE(_C, m) {
            py::arg("eps") = 0.0, py::arg("rows"), py::arg("hidden"), py::arg("segments"), py::arg("chunk"),
            py::arg("offsets"), py::arg("weight"), py::arg("first") = 0, py::arg("second") = 0, py::arg("left"),
            py::arg("right"));
+  py::class_<RangerParams>(m, "RangerParams")
+      .def(py::init([](int dtype, double beta1, double beta2, double eps, double weight_decay, int64_t k, double alpha,
+                       Address lr, bool lr_on_host) {
+             RangerParams p;
+             p.dtype = DType(dtype);
+             p.beta1 = beta1;
+             p.beta2 = beta2;
+             p.eps = eps;
+             p.weight_decay = weight_decay;
+             p.k = k;
+             p.alpha = alpha;
+             const auto rate = static_cast<const double*>(pointer(lr));
+             if (lr_on_host) p.lr_value = *rate; else p.lr = rate;
+             return p;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+           py::arg("weight_decay"), py::arg("k"), py::arg("alpha"), py::arg("lr"), py::arg("lr_on_host"))
+      .def("add_tensor",
+           [](RangerParams& p, Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address slow,
+              Address step, int64_t size, int64_t centralized_row) {
+             if (p.tensors == kMaxRangerTensors) throw std::invalid_argument("too many tensors");
+             RangerTensor& x = p.tensor[p.tensors++];
+             x.parameter = pointer(parameter);
+             x.gradient = pointer(gradient);
+             x.exp_avg = pointer(exp_avg);
+             x.exp_avg_sq = pointer(exp_avg_sq);
+             x.slow = pointer(slow);
+             x.step = static_cast<float*>(pointer(step));
+             x.size = size;
+             x.centralize = centralized_row > 0;
+             x.length = x.centralize ? centralized_row : std::min(size, kRangerItem);
+             x.first_item = p.items;
+             p.items += ranger_items(x);
+           },
+           py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("slow"),
+           py::arg("step"), py::arg("size"), py::arg("centralized_row"));
 
   const auto release_gil = py::call_guard<py::gil_scoped_release>();
   m.def("generate_forward_cpu", [](const GenerateParams& p, int threads) { cpu_kernels().generate_forward(p, threads); },
@@ -205,7 +243,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_transfer_backward_cpu",
         [](const AttentionParams& p, int threads) { cpu_kernels().attention_transfer_backward(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
-
+  m.def("ranger_update_cpu", [](const RangerParams& p, int threads) { cpu_kernels().ranger_update(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
   m.def("rank_one_update_cpu", [](const RankOneParams& p, int threads) { cpu_kernels().rank_one_update(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
 
@@ -235,5 +274,10 @@ PYBIND11_MODULE(_C, m) {
           check(attention_transfer_backward_cuda(p, pointer(stream), device));
         },
         py::arg("params"), py::arg("stream"), py::arg("device"));
+  m.def("ranger_update_cuda",
+        [](const RangerParams& p, Address ticket, Address stream, int device) {
+          check(ranger_update_cuda(p, pointer(ticket), pointer(stream), device));
+        },
+        py::arg("params"), py::arg("ticket"), py::arg("stream"), py::arg("device"));
 #endif
 }

@@ -6,6 +6,7 @@
 #include "hyperfast/attention_transfer.h"
 #include "hyperfast/generate.h"
 #include "hyperfast/rank_one_update.h"
+#include "hyperfast/ranger_update.h"
 
 namespace hyperfast {
 
@@ -16,20 +17,26 @@ struct CpuKernels {
   void (*attention_transfer_forward)(const AttentionParams&, int threads);
   void (*attention_transfer_backward)(const AttentionParams&, int threads);
   void (*rank_one_update)(const RankOneParams&, int threads);
+  void (*ranger_update)(const RangerParams&, int threads);
 };
 
-#define HYPERFAST_DECLARE(isa)                                       \
-  namespace isa {                                                    \
-  void generate_forward(const GenerateParams&, int);                 \
-  void generate_backward(const GenerateParams&, int);                \
-  void attention_transfer_forward(const AttentionParams&, int);      \
-  void attention_transfer_backward(const AttentionParams&, int);     \
-  void rank_one_update(const RankOneParams&, int);                   \
-  inline CpuKernels kernels() {                                      \
-    return {#isa, generate_forward, generate_backward,               \
-            attention_transfer_forward, attention_transfer_backward, \
-            rank_one_update};                                        \
-  }                                                                  \
+#define HYPERFAST_DECLARE(isa)                                   \
+  namespace isa {                                                \
+  void generate_forward(const GenerateParams&, int);             \
+  void generate_backward(const GenerateParams&, int);            \
+  void attention_transfer_forward(const AttentionParams&, int);  \
+  void attention_transfer_backward(const AttentionParams&, int); \
+  void rank_one_update(const RankOneParams&, int);               \
+  void ranger_update(const RangerParams&, int);                  \
+  inline CpuKernels kernels() {                                  \
+    return {#isa,                                                \
+            generate_forward,                                    \
+            generate_backward,                                   \
+            attention_transfer_forward,                          \
+            attention_transfer_backward,                         \
+            rank_one_update,                                     \
+            ranger_update};                                      \
+  }                                                              \
   }
 
 HYPERFAST_DECLARE(baseline)

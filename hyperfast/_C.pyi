@@ -6,6 +6,7 @@ with_cuda: bool
 cuda_archs: str
 max_layers: int
 max_taps: int
+max_ranger_tensors: int
 
 def instruction_set() -> str: ...
 
@@ -86,11 +87,38 @@ class RankOneParams:
         right: int,
     ) -> None: ...
 
+class RangerParams:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        k: int,
+        alpha: float,
+        lr: int,
+        lr_on_host: bool,
+    ) -> None: ...
+    def add_tensor(
+        self,
+        parameter: int,
+        gradient: int,
+        exp_avg: int,
+        exp_avg_sq: int,
+        slow: int,
+        step: int,
+        size: int,
+        centralized_row: int,
+    ) -> None: ...
+
 def generate_forward_cpu(params: GenerateParams, threads: int) -> None: ...
 def generate_backward_cpu(params: GenerateParams, threads: int) -> None: ...
 def attention_transfer_forward_cpu(params: AttentionParams, threads: int) -> None: ...
 def attention_transfer_backward_cpu(params: AttentionParams, threads: int) -> None: ...
 def rank_one_update_cpu(params: RankOneParams, threads: int) -> None: ...
+def ranger_update_cpu(params: RangerParams, threads: int) -> None: ...
 
 # Only where `with_cuda`.
 def generate_forward_cuda(params: GenerateParams, stream: int, device: int) -> None: ...
@@ -98,3 +126,4 @@ def generate_backward_cuda(params: GenerateParams, ticket: int, stream: int, dev
 def attention_transfer_forward_cuda(params: AttentionParams, ticket: int, stream: int, device: int) -> None: ...
 def attention_transfer_backward_cuda(params: AttentionParams, stream: int, device: int) -> None: ...
 def rank_one_update_cuda(params: RankOneParams, stream: int, device: int) -> None: ...
+def ranger_update_cuda(params: RangerParams, ticket: int, stream: int, device: int) -> None: ...

@@ -13,6 +13,7 @@
 //          load / store              one vector, converted to the accumulator type
 //          load_in_order             load() from memory that is read from end to end
 //          stream                    store() of what will not be read soon
+//          abs / sign / sqrt         of one vector
 //          once(f)                   f() by one of the lanes
 #pragma once
 #include <cmath>
@@ -270,10 +271,10 @@ struct Lanes {
   HF_INLINE void stream(T* p, Positions<N> i, Vector<A, N> v) const { stream_as<A, N>(p + i.at, v); }
   template <class V>
   HF_INLINE V sqrt(V x) const {
-    if constexpr (sizeof(V) == sizeof(A)) {
+    if constexpr (std::is_same_v<V, A>) {
       return std::sqrt(x);
     } else {
-      for (int k = 0; k < kWidth; ++k) x[k] = std::sqrt(x[k]);  // one instruction, without -fmath-errno
+      for (size_t k = 0; k < sizeof(V) / sizeof(A); ++k) x[k] = std::sqrt(x[k]);  // one instruction: no errno is set
       return x;
     }
   }

@@ -6,6 +6,13 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 
 from hyperfast.functional.attention_transfer import attention_transfer
 from hyperfast.functional.generate import generate
+from hyperfast.functional.ranger_update import ranger_update
 from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one
 
-__all__ = ["adam_rank_one", "attention_transfer", "generate", "sgd_rank_one"]
+__all__ = [
+    "adam_rank_one",
+    "attention_transfer",
+    "generate",
+    "ranger_update",
+    "sgd_rank_one",
+]

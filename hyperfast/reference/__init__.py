@@ -7,6 +7,7 @@ from hyperfast.reference.attention_transfer import (
     attention_transfer_forward,
 )
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
+from hyperfast.reference.ranger_update import ranger_update
 from hyperfast.reference.rank_one_update import adam_rank_one, sgd_rank_one
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "attention_transfer_forward",
     "generate",
     "generate_backward",
+    "ranger_update",
     "sgd_rank_one",
 ]

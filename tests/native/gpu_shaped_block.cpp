@@ -1,5 +1,6 @@
 // Runs the kernels' bodies on a Block shaped like a GPU's (several groups of lanes, vectors of four) and on the
 // processor's own, and fails where they differ. What only a GPU has, concurrency, is not tested here.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -7,6 +8,8 @@
 
 #include "common/attention_transfer.h"
 #include "common/generate.h"
+#include "common/rank_one_update.h"
+#include "common/ranger_update.h"
 #include "cpu/group.h"
 
 using namespace hyperfast;
@@ -207,6 +210,88 @@ void test_attention(AttentionMode mode, bool channels_last) {
   compare("gradient", a.gradient, b.gradient);
 }
 
+template <UpdateRule kRule, class AnyBlock>
+std::vector<std::vector<float>> rank_one(RankOneParams p, std::vector<std::vector<float>> tensors) {
+  AnyBlock block;
+  p.weight = tensors[0].data();
+  p.first = tensors[1].data();
+  p.second = tensors[2].data();
+  for (int64_t chunk = 0; chunk < chunk_count(p); ++chunk) rank_one_chunk<kRule>(block, p, chunk);
+  return tensors;
+}
+
+template <UpdateRule kRule>
+void test_rank_one(int64_t rows, int64_t hidden, const std::vector<int64_t>& offsets) {
+  RankOneParams p;
+  p.weight_decay = 0.1;
+  p.step_size = 0.01;
+  p.shrink = 0.99;
+  p.keep_first = 0.9;
+  p.add_first = 0.1;
+  p.keep_second = 0.99;
+  p.add_second = 0.01;
+  p.second_scale = 2;
+  p.eps = 1e-3;
+  p.rows = rows;
+  p.hidden = hidden;
+  p.segments = std::max<int64_t>(1, int64_t(offsets.size()) - 1);
+  p.chunk = 7;
+  p.offsets = offsets.empty() ? nullptr : offsets.data();
+  const auto left = draw(rows), right = draw(p.segments * hidden);
+  p.left = left.data();
+  p.right = right.data();
+  std::vector<std::vector<float>> before{draw(rows * hidden), draw(rows * hidden), draw(rows * hidden)};
+  for (float& x : before[2]) x = std::abs(x);
+  const auto a = rank_one<kRule, GpuBlock>(p, before), b = rank_one<kRule, native::Block<float>>(p, before);
+  for (int k = 0; k < 3; ++k) compare("rank one", a[k], b[k]);
+}
+
+struct Ranger {
+  std::vector<float> parameter, exp_avg, exp_avg_sq, slow;
+};
+
+// A tensor of `size` elements in rows of `length`; no rows: nothing is centralised.
+template <class Block>
+Ranger update(RangerParams p, const Ranger& before, const std::vector<float>& gradient, int64_t size, int64_t length,
+              float step) {
+  Block block;
+  Ranger after = before;
+  RangerTensor& x = p.tensor[0];
+  p.tensors = 1;
+  x.parameter = after.parameter.data();
+  x.gradient = gradient.data();
+  x.exp_avg = after.exp_avg.data();
+  x.exp_avg_sq = after.exp_avg_sq.data();
+  x.slow = after.slow.data();
+  x.step = &step;
+  x.size = size;
+  x.centralize = length > 0;
+  x.length = length > 0 ? length : std::min(size, kRangerItem);
+  const auto factors = ranger_factors<float>(p, x);
+  for (int64_t item = 0; item < ranger_items(x); ++item) ranger_item<float>(block, p, x, factors, item);
+  return after;
+}
+
+void test_ranger(int64_t size, int64_t length, float step) {
+  RangerParams p;
+  p.beta1 = 0.5;
+  p.beta2 = 0.999;
+  p.eps = 1e-5;
+  p.weight_decay = 1e-3;
+  p.alpha = 0.5;
+  p.k = 6;
+  p.lr_value = 5e-3;
+  const auto gradient = draw(size);
+  Ranger before{draw(size), draw(size), draw(size), draw(size)};
+  for (float& v : before.exp_avg_sq) v = std::fabs(v);
+  const Ranger a = update<GpuBlock>(p, before, gradient, size, length, step);
+  const Ranger b = update<native::Block<float>>(p, before, gradient, size, length, step);
+  compare("parameter", a.parameter, b.parameter);
+  compare("exp_avg", a.exp_avg, b.exp_avg);
+  compare("exp_avg_sq", a.exp_avg_sq, b.exp_avg_sq);
+  compare("slow", a.slow, b.slow);
+}
+
 }  // namespace
 
 int main() {
@@ -216,5 +301,18 @@ int main() {
   test_generate(2, {0, 0, 150, 300}, {}, 300, 32);
   for (AttentionMode mode : {AttentionMode::kCode, AttentionMode::kPaper, AttentionMode::kZoo})
     for (bool channels_last : {false, true}) test_attention(mode, channels_last);
+  test_rank_one<UpdateRule::kSgd>(30, 16, {});
+  test_rank_one<UpdateRule::kMomentum>(30, 45, {});
+  test_rank_one<UpdateRule::kNesterov>(30, 16, {0, 0, 9, 30});
+  test_rank_one<UpdateRule::kAdam>(30, 3, {0, 0, 9, 30});
+  test_rank_one<UpdateRule::kAdamW>(30, 64, {});
+  for (float step : {0.f, 5.f, 8.f}) {  // at first not rectified; with the sixth step the slow copy moves
+    test_ranger(7, 0, step);
+    test_ranger(5001, 0, step);
+    test_ranger(99 * 7, 7, step);
+    test_ranger(40 * 256, 256, step);
+    test_ranger(3 * 301, 301, step);
+    test_ranger(2 * 5000, 5000, step);
+  }
   return failures ? 1 : 0;
 }

@@ -107,6 +107,20 @@ for backend in ("cpu", "reference"):
         found.append([theta.detach(), *torch.autograd.grad(theta.square().sum(), leaves)])
 for a, b in zip(*found):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    found = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        moved = [torch.randn(9, 37).to(dtype), torch.randn(2100).to(dtype)]
+        wide = torch.promote_types(dtype, torch.float32)
+        state = [[torch.zeros_like(p, dtype=wide) for p in moved] for _ in range(2)] + [[p.to(wide) for p in moved]]
+        steps = [torch.zeros(()) for _ in moved]
+        with hyperfast.use_backend(backend):
+            for _ in range(7):
+                functional.ranger_update(moved, [torch.randn_like(p) for p in moved], *state, steps, lr=0.1)
+        found.append(moved)
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
 """
 
 
