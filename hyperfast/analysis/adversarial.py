@@ -89,9 +89,7 @@ def attacked(
     """
 
     def change(images: Tensor, labels: Tensor) -> Tensor:
-        return fgsm(
-            module, images, labels, epsilon, mean=data.mean, std=data.std, steps=steps, step_size=step_size
-        )
+        return fgsm(module, images, labels, epsilon, mean=data.mean, std=data.std, steps=steps, step_size=step_size)
 
     return answers(module, data, change=change, batch_size=batch_size)
 

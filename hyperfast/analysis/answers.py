@@ -33,6 +33,37 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """`Images` that were chosen or changed.
+
+    Attributes:
+        images: uint8 `[N, C, H, W]`.
+        labels: int64 `[N]`.
+        mean: per channel, of images scaled to [0, 1].
+        std: as `mean`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def spread(data: Images, count: int) -> Images:
+    """`count` images at even distances, in order: a set sorted by class keeps its proportions. All if it has fewer.
+
+    Raises:
+        ValueError: `count` is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; expected at least 1 image")
+    if count >= len(data.labels):
+        return data
+    chosen = torch.arange(count, device=data.labels.device) * len(data.labels) // count
+    return LabelledImages(data.images[chosen], data.labels[chosen], data.mean, data.std)
+
+
+@dataclass(frozen=True, eq=False)
 class Answers:
     """Answers of one model.
 

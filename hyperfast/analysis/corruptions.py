@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from hyperfast.analysis import filters
+from hyperfast.analysis.answers import Images, LabelledImages, pixels
 
 _LEAST = 8  # pixels
+_CHUNK = 500  # images that share a generator
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,27 @@ def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> T
         )
     corruption = CORRUPTIONS[name]
     return corruption.apply(images, corruption.settings[severity - 1], generator).clamp(0, 1).contiguous()
+
+
+def corrupted(data: Images, name: str, severity: int, *, seed: int = 0) -> Images:
+    """A set of images damaged by `corrupt`, rounded to whole grey levels as the files of CIFAR-10-C are.
+
+    Args:
+        data: uint8 images `[N, 3, H, W]`.
+        name: as in `corrupt`.
+        severity: as in `corrupt`.
+        seed: of everything random, together with name and severity. On the device of the images.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as `corrupt`.
+    """
+    damaged = []
+    for start in range(0, len(data.images), _CHUNK):
+        digest = hashlib.blake2b(f"{seed} {name} {severity} {start}".encode(), digest_size=4).digest()
+        generator = Generator(data.images.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        part = corrupt(pixels(data.images[start : start + _CHUNK]), name, severity, generator)
+        damaged.append((part * 255).round().to(torch.uint8))
+    return LabelledImages(torch.cat(damaged), data.labels, data.mean, data.std)
 
 
 def _normal(images: Tensor, generator: Generator, *shape: int) -> Tensor:
@@ -214,11 +238,11 @@ def _jpeg_compression(images: Tensor, quality: int, generator: Generator) -> Ten
         raise ModuleNotFoundError(
             "jpeg_compression needs Pillow, which is not installed; try `pip install 'hyperfast[images]'`", name="PIL"
         ) from error
-    bytes_ = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    rounded = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
     decoded = []
-    for pixels in bytes_:
+    for image in rounded:
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         decoded.append(torch.from_numpy(np.array(Image.open(buffer).convert("RGB"))))
     return torch.stack(decoded).permute(0, 3, 1, 2).to(images) / 255
 
