@@ -116,7 +116,7 @@ def curves_svg(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
         if log:
-            _logarithmic(axes)
+            _logarithmic(axes, "y")
         if percent:
             _percent(axes, *_reach(curves, reference))
         axes.grid(True, axis="y", color=_INK, alpha=0.12)
@@ -167,7 +167,7 @@ def lines_svg(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if log_x:
-            axes.set_xscale("log")
+            _logarithmic(axes, "x")
         if whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:
@@ -215,10 +215,14 @@ def surface_svg(
 
         figure = Figure(figsize=(6.4, 4.8), layout="constrained")
         axes = figure.subplots()
-        levels = MaxNLocator(14).tick_values(float(values.min()), float(values.max()))
+        # A value on the outermost level would be left white.
+        low, high = float(values.min()), float(values.max())
+        margin = 1e-6 * max(abs(low), abs(high), 1e-6)
+        levels = MaxNLocator(14).tick_values(low - margin, high + margin)
         filled = axes.contourf(x, y, values.cpu().numpy(), levels=levels, cmap="viridis")
         axes.contour(filled, colors="white", linewidths=0.4, alpha=0.5)
-        bar = figure.colorbar(filled, ax=axes, label=label, format=PercentFormatter(1.0) if percent else None)
+        shares = PercentFormatter(1.0, symbol=" %") if percent else None
+        bar = figure.colorbar(filled, ax=axes, label=label, format=shares)
         bar.outline.set_visible(False)
         for index, (name, (a, b)) in enumerate(points.items()):
             axes.plot(
@@ -228,7 +232,8 @@ def surface_svg(
         axes.set_aspect("equal")
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        if points:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     return svg(figure)
 
 
@@ -297,14 +302,15 @@ def _draw(axes: Axes, curve: Curve, color: str) -> None:
     axes.plot(epochs, mean, color=color, linewidth=2, label=curve.label, marker="o" if len(mean) == 1 else "")
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic axis whose labels are plain numbers, also where it spans less than a decade."""
+def _logarithmic(axes: Axes, which: str) -> None:
+    """A logarithmic axis, x or y, whose labels are plain numbers, also where it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _reach(curves: Sequence[Curve], reference: tuple[str, float] | None) -> tuple[float, float]:

@@ -65,19 +65,20 @@ class Plane:
         }
 
     def grid(self, size: int, margin: float = 0.3) -> tuple[list[float], list[float]]:
-        """`size` places along either axis that hold the three points and a margin, as a share of their extent.
+        """`size` places along either axis of a square around the three points, with a margin as a share of its side.
 
         Raises:
             ValueError: `size` is less than 2.
         """
         if size < 2:
             raise ValueError(f"size is {size}; a grid has at least 2 places along either axis")
-        sides = []
-        for axis in (0, 1):
-            low, high = (f(point[axis] for point in self.points) for f in (min, max))
-            low, high = low - margin * (high - low), high + margin * (high - low)
-            sides.append([low + (high - low) * i / (size - 1) for i in range(size)])
-        return sides[0], sides[1]
+        lows, highs = ([f(point[axis] for point in self.points) for axis in (0, 1)] for f in (min, max))
+        side = (1 + 2 * margin) * max(high - low for low, high in zip(lows, highs, strict=True))
+        across, up = (
+            [(low + high - side) / 2 + side * i / (size - 1) for i in range(size)]
+            for low, high in zip(lows, highs, strict=True)
+        )
+        return across, up
 
 
 @dataclass(frozen=True, eq=False)
