@@ -7,7 +7,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,25 @@ class Curve:
         return [mean for mean, _, _ in rows], [low for _, low, _ in rows], [high for _, _, high in rows]
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart of y over x.
+
+    Attributes:
+        label: for the legend.
+        x: places.
+        y: as many values; NaN leaves a gap.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"line {self.label!r} has {len(self.x)} places but {len(self.y)} values")
+
+
 def curves_svg(
     curves: Sequence[Curve],
     *,
@@ -97,13 +116,124 @@ def curves_svg(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.02)
         if log:
-            _logarithmic(axes)
+            _logarithmic(axes, "y")
         if percent:
-            _percent(axes, curves, reference)
+            _percent(axes, *_reach(curves, reference))
         axes.grid(True, axis="y", color=_INK, alpha=0.12)
         axes.set_axisbelow(True)
         # Above the axes, where it can hide no line.
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    return svg(figure)
+
+
+def lines_svg(
+    lines: Sequence[Line],
+    *,
+    xlabel: str,
+    ylabel: str,
+    percent: bool = False,
+    log_x: bool = False,
+    whole: bool = False,
+    reference: tuple[str, float] | None = None,
+) -> str:
+    """A chart of lines with a marker at every value, as SVG.
+
+    Args:
+        lines: each has its colour of `COLORS`, by position.
+        xlabel: what x is.
+        ylabel: what y is, with its unit.
+        percent: y are shares in [0, 1], shown in percent.
+        log_x: logarithmic x.
+        whole: x are whole numbers, such as those of layers.
+        reference: label and value of a dashed horizontal line.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for index, line in enumerate(lines):
+            axes.plot(
+                line.x, line.y, color=COLORS[index % len(COLORS)], linewidth=1.8, marker="o", markersize=3.5,
+                label=line.label,
+            )  # fmt: skip
+        if reference is not None:
+            label, value = reference
+            axes.axhline(value, color=_INK, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if log_x:
+            _logarithmic(axes, "x")
+        if whole:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if percent:
+            values = [value for line in lines for value in line.y] + ([reference[1]] if reference else [])
+            finite = [value for value in values if math.isfinite(value)]
+            _percent(axes, min(finite, default=0.0), max(finite, default=1.0))
+        axes.grid(True, axis="y", color=_INK, alpha=0.12)
+        axes.set_axisbelow(True)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    return svg(figure)
+
+
+def surface_svg(
+    x: Sequence[float],
+    y: Sequence[float],
+    values: Tensor,
+    *,
+    xlabel: str,
+    ylabel: str,
+    label: str,
+    points: Mapping[str, tuple[float, float]],
+    percent: bool = False,
+) -> str:
+    """Levels of a function on a plane, dark where it is low, as SVG; both axes have one scale.
+
+    Args:
+        x: places of the columns of `values`, rising.
+        y: places of its rows, rising.
+        values: `[len(y), len(x)]`, at least two each way.
+        xlabel: what x is.
+        ylabel: what y is.
+        label: what the values are, beside the colours.
+        points: places to mark, by name.
+        percent: values are shares in [0, 1], shown in percent.
+
+    Raises:
+        ValueError: `values` has another shape.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if tuple(values.shape) != (len(y), len(x)) or min(values.shape) < 2:
+        raise ValueError(f"values is {list(values.shape)}; expected [{len(y)}, {len(x)}], at least 2 each way")
+    with _style():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+        axes = figure.subplots()
+        # A value on the outermost level would be left white.
+        low, high = float(values.min()), float(values.max())
+        margin = 1e-6 * max(abs(low), abs(high), 1e-6)
+        levels = MaxNLocator(14).tick_values(low - margin, high + margin)
+        filled = axes.contourf(x, y, values.cpu().numpy(), levels=levels, cmap="viridis")
+        axes.contour(filled, colors="white", linewidths=0.4, alpha=0.5)
+        shares = PercentFormatter(1.0, symbol=" %") if percent else None
+        bar = figure.colorbar(filled, ax=axes, label=label, format=shares)
+        bar.outline.set_visible(False)
+        for index, (name, (a, b)) in enumerate(points.items()):
+            axes.plot(
+                a, b, linestyle="", marker="oD^sv"[index % 5], markersize=8, color="white", markeredgecolor="black",
+                label=name,
+            )  # fmt: skip
+        axes.set_aspect("equal")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if points:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
     return svg(figure)
 
 
@@ -172,25 +302,30 @@ def _draw(axes: Axes, curve: Curve, color: str) -> None:
     axes.plot(epochs, mean, color=color, linewidth=2, label=curve.label, marker="o" if len(mean) == 1 else "")
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic axis whose labels are plain numbers, also where it spans less than a decade."""
+def _logarithmic(axes: Axes, which: str) -> None:
+    """A logarithmic axis, x or y, whose labels are plain numbers, also where it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _percent(axes: Axes, curves: Sequence[Curve], reference: tuple[str, float] | None) -> None:
-    """Percent, from a little below the lowest mean to a little above the highest value, within 0 and 100."""
-    from matplotlib.ticker import PercentFormatter
-
+def _reach(curves: Sequence[Curve], reference: tuple[str, float] | None) -> tuple[float, float]:
+    """The lowest mean and the highest value."""
     means = [value for curve in curves for value in curve.band()[0] if math.isfinite(value)]
     highs = [value for curve in curves for value in curve.band()[2] if math.isfinite(value)]
     if reference is not None:
         means.append(reference[1])
-    low, top = min(means, default=0.0), max([*means, *highs], default=1.0)
+    return min(means, default=0.0), max([*means, *highs], default=1.0)
+
+
+def _percent(axes: Axes, low: float, top: float) -> None:
+    """Percent, from a little below `low` to a little above `top`, within 0 and 100."""
+    from matplotlib.ticker import PercentFormatter
+
     margin = 0.06 * (top - low) + 1e-3
     axes.set_ylim(max(0.0, low - margin), min(1.005, top + margin))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %"))

@@ -149,6 +149,37 @@ class Report:
             f"{_caption(caption)}</figure>"
         )
 
+    def images(self, rows: Mapping[str, Tensor], columns: Sequence[str], caption: str = "") -> None:
+        """Images in a grid.
+
+        Args:
+            rows: by name, uint8 `[len(columns), C, H, W]`.
+            columns: headings.
+            caption: under the grid.
+
+        Raises:
+            ValueError: a row has another number of images than there are columns.
+        """
+        for name, images in rows.items():
+            if len(images) != len(columns):
+                raise ValueError(
+                    f"row {name!r} has {len(images)} images, expected {len(columns)}: {', '.join(columns)}"
+                )
+        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+        body = "".join(
+            f'<tr><th scope="row">{escape(name)}</th>'
+            + "".join(
+                f"<td>{_img(png_uri(image), f'{name}, {column}')}</td>"
+                for image, column in zip(images, columns, strict=True)
+            )
+            + "</tr>"
+            for name, images in rows.items()
+        )
+        self._body.append(
+            f'<figure><div class="scroll"><table class="grid"><thead><tr><th></th>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>{_caption(caption)}</figure>"
+        )
+
     def html(self, markup: str) -> None:
         """Markup as it is: the caller answers for it."""
         self._body.append(markup)

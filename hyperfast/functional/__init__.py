@@ -1,4 +1,4 @@
-"""The public operations over tensors: argument checks, then one fused launch.
+"""The public operations over tensors: argument checks, then one fused launch; quantisation is plain PyTorch.
 
 Layers (`hyperfast.nn`) and losses (`hyperfast.losses`) are thin holders of parameters over these functions.
 Checks look at shapes, dtypes and devices only; none of them waits for the device.
@@ -6,13 +6,17 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 
 from hyperfast.functional.attention_transfer import attention_transfer
 from hyperfast.functional.generate import generate
+from hyperfast.functional.quantize import dequantize, fake_quantize, quantize
 from hyperfast.functional.ranger_update import ranger_update
 from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one
 
 __all__ = [
     "adam_rank_one",
     "attention_transfer",
+    "dequantize",
+    "fake_quantize",
     "generate",
+    "quantize",
     "ranger_update",
     "sgd_rank_one",
 ]

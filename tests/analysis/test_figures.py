@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from hyperfast.analysis import Curve, curves_svg, png_uri
+from hyperfast.analysis import Curve, Line, curves_svg, lines_svg, png_uri, surface_svg
 
 pytest.importorskip("matplotlib")
 
@@ -47,6 +47,54 @@ def test_chart_does_not_depend_on_the_users_settings_and_leaves_them() -> None:
 @pytest.mark.parametrize("curve", [Curve("nothing", []), Curve("gaps", [[math.nan, math.nan]])])
 def test_chart_of_nothing_is_empty_not_an_error(curve: Curve) -> None:
     assert curves_svg([curve], ylabel="loss", percent=True).startswith("<svg")
+
+
+def _shown(text: str) -> set[str | None]:
+    return {element.text for element in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}text")}
+
+
+def test_lines_over_any_x() -> None:
+    lines = [Line("a", [1, 10, 100], [0.5, math.nan, 0.9]), Line("b", [1.0, 50.0], [0.6, 0.7])]
+    shown = _shown(lines_svg(lines, xlabel="cutoff", ylabel="S", percent=True, log_x=True, reference=("plain", 0.8)))
+    assert {"a", "b", "plain", "cutoff", "S", "1", "10", "100"} <= shown
+    assert any(label and label.endswith(" %") for label in shown)
+    layers = _shown(lines_svg([Line("a", [1, 2], [10.0, 20.0])], xlabel="layer", ylabel="S", whole=True))
+    assert {"1", "2"} <= layers and not layers & {"1.2", "1.5", "1.50"}
+    with pytest.raises(ValueError, match="line 'a' has 2 places but 1 values"):
+        Line("a", [1, 2], [1.0])
+
+
+@pytest.mark.parametrize("value", [0.06, 0.0, 1e-9, 3.0])
+def test_surface_is_coloured_everywhere(value: float) -> None:
+    """Also where it is flat, and where the largest value is a level."""
+    values = torch.full((3, 4), value)
+    values[1, 1] = 0.0
+    points = {"w": (1.0, 1.0)}
+    drawn = surface_svg(range(4), range(3), values, xlabel="u", ylabel="v", label="error", points=points, percent=True)
+    shown = _shown(drawn)
+    assert {"u", "v", "error", "w"} <= shown
+
+
+def test_surface_has_no_white_rim() -> None:
+    from matplotlib.figure import Figure
+
+    levels: list[list[float]] = []
+    original = Figure.savefig
+
+    def look(figure: Figure, *args: object, **kwargs: object) -> None:
+        levels.append(list(figure.axes[0].collections[0].levels))
+        original(figure, *args, **kwargs)
+
+    values = torch.tensor([[0.04, 0.05], [0.05, 0.06]], dtype=torch.float64) + 1e-12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", look)
+        surface_svg([0, 1], [0, 1], values, xlabel="u", ylabel="v", label="e", points={})
+    assert levels[0][0] < values.min() and values.max() < levels[0][-1]
+
+
+def test_surface_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"values is \[2, 3\]; expected \[3, 2\], at least 2 each way"):
+        surface_svg([0, 1], [0, 1, 2], torch.zeros(2, 3), xlabel="u", ylabel="v", label="e", points={})
 
 
 def test_picture_keeps_every_pixel() -> None:

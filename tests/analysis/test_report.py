@@ -83,6 +83,16 @@ def test_rows_and_columns_must_agree() -> None:
         Report("x").table(["method", "accuracy"], [["MIP"]])
 
 
+def test_images_stand_in_a_grid() -> None:
+    report = Report("x")
+    report.images({"<snow>": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, ["as it is", "severity 1"], "A caption.")
+    page = _Page(report.render())
+    assert page.open == [] and len(page.loaded) == 2
+    assert {"<snow>", "as it is", "severity 1", "A caption."} <= set(page.text)
+    with pytest.raises(ValueError, match="row 'snow' has 1 images, expected 2: a, b"):
+        report.images({"snow": torch.zeros(1, 3, 4, 4, dtype=torch.uint8)}, ["a", "b"])
+
+
 def test_maps_and_images_must_agree() -> None:
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"there are 2 images, but maps or labels for \[2, 3\]"):
