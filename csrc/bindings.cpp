@@ -71,6 +71,11 @@ GenerateParams generate_params(int dtype, int encoding, int activation, double n
   return p;
 }
 
+struct GreedyChainLaunch {
+  Similarity similarity = Similarity::kProduct;
+  std::vector<GreedyChains> jobs;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -157,6 +162,22 @@ PYBIND11_MODULE(_C, m) {
            },
            py::arg("grad"), py::arg("coefficients"), py::arg("stream"));
 
+  py::class_<GreedyChainLaunch>(m, "GreedyChainParams")
+      .def(py::init([](int similarity) {
+             GreedyChainLaunch launch;
+             launch.similarity = Similarity(similarity);
+             return launch;
+           }),
+           py::kw_only(), py::arg("similarity"))
+      .def("add",
+           [](GreedyChainLaunch& launch, int64_t batch, int64_t count, int64_t dimension, Address vectors,
+              Address order) {
+             launch.jobs.push_back({static_cast<const float*>(pointer(vectors)),
+                                    static_cast<int64_t*>(pointer(order)), batch, count, dimension});
+           },
+           py::kw_only(), py::arg("batch"), py::arg("count"), py::arg("dimension"), py::arg("vectors"),
+           py::arg("order"));
+
   const auto release_gil = py::call_guard<py::gil_scoped_release>();
   m.def("generate_forward_cpu", [](const GenerateParams& p, int threads) { cpu_kernels().generate_forward(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
@@ -168,6 +189,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("params"), py::arg("threads"), release_gil);
   m.def("attention_transfer_backward_cpu",
         [](const AttentionParams& p, int threads) { cpu_kernels().attention_transfer_backward(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
+  m.def("greedy_chain_cpu",
+        [](const GreedyChainLaunch& launch, int threads) {
+          cpu_kernels().greedy_chain({launch.similarity, launch.jobs.data(), int64_t(launch.jobs.size())}, threads);
+        },
         py::arg("params"), py::arg("threads"), release_gil);
 
 #if HYPERFAST_WITH_CUDA

@@ -5,6 +5,7 @@
 
 #include "hyperfast/attention_transfer.h"
 #include "hyperfast/generate.h"
+#include "hyperfast/greedy_chain.h"
 
 namespace hyperfast {
 
@@ -14,6 +15,7 @@ struct CpuKernels {
   void (*generate_backward)(const GenerateParams&, int threads);
   void (*attention_transfer_forward)(const AttentionParams&, int threads);
   void (*attention_transfer_backward)(const AttentionParams&, int threads);
+  void (*greedy_chain)(const GreedyChainParams&, int threads);
 };
 
 #define HYPERFAST_DECLARE(isa)                                       \
@@ -22,9 +24,11 @@ struct CpuKernels {
   void generate_backward(const GenerateParams&, int);                \
   void attention_transfer_forward(const AttentionParams&, int);      \
   void attention_transfer_backward(const AttentionParams&, int);     \
+  void greedy_chain(const GreedyChainParams&, int);                  \
   inline CpuKernels kernels() {                                      \
     return {#isa, generate_forward, generate_backward,               \
-            attention_transfer_forward, attention_transfer_backward}; \
+            attention_transfer_forward, attention_transfer_backward, \
+            greedy_chain};                                           \
   }                                                                  \
   }
 

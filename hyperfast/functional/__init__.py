@@ -6,5 +6,6 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 
 from hyperfast.functional.attention_transfer import attention_transfer
 from hyperfast.functional.generate import generate
+from hyperfast.functional.greedy_chain import greedy_chain
 
-__all__ = ["attention_transfer", "generate"]
+__all__ = ["attention_transfer", "generate", "greedy_chain"]
