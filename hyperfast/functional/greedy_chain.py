@@ -45,7 +45,7 @@ def greedy_chain(vectors: Sequence[Tensor], *, similarity: str = "product") -> l
     """
     check_choice("similarity", similarity, SIMILARITIES)
     sets = [_checked(index, given, similarity) for index, given in enumerate(vectors)]
-    orders: list[Tensor] = _dispatcher(sets, similarity) if sets else []
+    orders: list[Tensor] = implementations(sets, similarity) if sets else []
     return [order.to(given.device).view(given.shape[:-1]) for order, given in zip(orders, vectors, strict=True)]
 
 
@@ -55,7 +55,7 @@ def _checked(index: int, given: Tensor, similarity: str) -> Tensor:
         raise ValueError(f"vectors {index} are {given.dtype} {list(given.shape)}; expected floats [n, D] or [B, n, D]")
     if similarity == "distance" and given.shape[-1] != 1:
         raise ValueError(f"vectors {index} have {given.shape[-1]} dimensions; similarity='distance' compares numbers")
-    cpu = given.detach().cpu().view(-1, *given.shape[-2:])
+    cpu = given.detach().cpu() if given.ndim == 3 else given.detach().cpu().unsqueeze(0)
     if not cpu.isfinite().all():
         raise ValueError(f"vectors {index} contain NaN or infinity, which are similar to nothing")
     return _rounded(cpu) if similarity == "product" else cpu.float().contiguous()
@@ -95,7 +95,7 @@ def _reference_chains(sets: Sequence[Tensor], similarity: str) -> list[Any]:
     return [reference.greedy_chain(s, similarity) for s in sets]
 
 
-_dispatcher = Dispatcher(
+implementations = Dispatcher(
     "greedy_chain",
     [
         Implementation(Backend.CPU, _native_chains, _native_supports),

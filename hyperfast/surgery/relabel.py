@@ -78,9 +78,9 @@ def relabel(module: nn.Module) -> tuple[nn.Module, Relabelling]:
         ValueError: the module cannot be traced; a weight is NaN or infinite.
 
     Notes:
-        Channels are followed through what `channel_groups` lists; concatenation, reshaping, indexing, attention and grouped
-        convolutions are barriers, whose channels are kept. Nothing is run: a BatchNorm1d behind a linear layer is
-        taken to normalise the layer's features, as it does on `[B, C]`.
+        Channels are followed through what `channel_groups` lists. Concatenation, reshaping, indexing, attention and
+        grouped convolutions are barriers, whose channels are kept. Nothing is run: a BatchNorm1d behind a linear
+        layer is taken to normalise the layer's features, as it does on `[B, C]`.
     """
     groups = [group for group in channel_groups(module) if _writers(group)]
     free = [group for group in groups if not _reason(group)]
