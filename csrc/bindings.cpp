@@ -72,6 +72,11 @@ GenerateParams generate_params(int dtype, int encoding, int activation, double n
   return p;
 }
 
+struct GreedyChainLaunch {
+  Similarity similarity = Similarity::kProduct;
+  std::vector<GreedyChains> jobs;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -231,6 +236,22 @@ PYBIND11_MODULE(_C, m) {
            py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("slow"),
            py::arg("step"), py::arg("size"), py::arg("centralized_row"));
 
+  py::class_<GreedyChainLaunch>(m, "GreedyChainParams")
+      .def(py::init([](int similarity) {
+             GreedyChainLaunch launch;
+             launch.similarity = Similarity(similarity);
+             return launch;
+           }),
+           py::kw_only(), py::arg("similarity"))
+      .def("add",
+           [](GreedyChainLaunch& launch, int64_t batch, int64_t count, int64_t dimension, Address vectors,
+              Address order) {
+             launch.jobs.push_back({static_cast<const float*>(pointer(vectors)),
+                                    static_cast<int64_t*>(pointer(order)), batch, count, dimension});
+           },
+           py::kw_only(), py::arg("batch"), py::arg("count"), py::arg("dimension"), py::arg("vectors"),
+           py::arg("order"));
+
   const auto release_gil = py::call_guard<py::gil_scoped_release>();
   m.def("generate_forward_cpu", [](const GenerateParams& p, int threads) { cpu_kernels().generate_forward(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
@@ -246,6 +267,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("ranger_update_cpu", [](const RangerParams& p, int threads) { cpu_kernels().ranger_update(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
   m.def("rank_one_update_cpu", [](const RankOneParams& p, int threads) { cpu_kernels().rank_one_update(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
+  m.def("greedy_chain_cpu",
+        [](const GreedyChainLaunch& launch, int threads) {
+          cpu_kernels().greedy_chain({launch.similarity, launch.jobs.data(), int64_t(launch.jobs.size())}, threads);
+        },
         py::arg("params"), py::arg("threads"), release_gil);
 
 #if HYPERFAST_WITH_CUDA

@@ -5,6 +5,7 @@
 
 #include "hyperfast/attention_transfer.h"
 #include "hyperfast/generate.h"
+#include "hyperfast/greedy_chain.h"
 #include "hyperfast/rank_one_update.h"
 #include "hyperfast/ranger_update.h"
 
@@ -16,6 +17,7 @@ struct CpuKernels {
   void (*generate_backward)(const GenerateParams&, int threads);
   void (*attention_transfer_forward)(const AttentionParams&, int threads);
   void (*attention_transfer_backward)(const AttentionParams&, int threads);
+  void (*greedy_chain)(const GreedyChainParams&, int threads);
   void (*rank_one_update)(const RankOneParams&, int threads);
   void (*ranger_update)(const RangerParams&, int threads);
 };
@@ -26,6 +28,7 @@ struct CpuKernels {
   void generate_backward(const GenerateParams&, int);            \
   void attention_transfer_forward(const AttentionParams&, int);  \
   void attention_transfer_backward(const AttentionParams&, int); \
+  void greedy_chain(const GreedyChainParams&, int);              \
   void rank_one_update(const RankOneParams&, int);               \
   void ranger_update(const RangerParams&, int);                  \
   inline CpuKernels kernels() {                                  \
@@ -34,6 +37,7 @@ struct CpuKernels {
             generate_backward,                                   \
             attention_transfer_forward,                          \
             attention_transfer_backward,                         \
+            greedy_chain,                                        \
             rank_one_update,                                     \
             ranger_update};                                      \
   }                                                              \
