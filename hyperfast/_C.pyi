@@ -6,6 +6,8 @@ with_cuda: bool
 cuda_archs: str
 max_layers: int
 max_taps: int
+max_tables: int
+max_predict_layers: int
 
 def instruction_set() -> str: ...
 
@@ -59,10 +61,36 @@ class AttentionParams:
     def set_forward(self, losses: int, sample_losses: int, coefficients: int) -> None: ...
     def set_backward(self, grad: int, coefficients: int, stream: bool) -> None: ...
 
+class PredictParams:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        round: bool,
+        concat: bool,
+        slope: float,
+        embeddings: list[int],
+        table_rows: list[int],
+        table_widths: list[int],
+        weights: list[int],
+        biases: list[int],
+        hidden: int,
+        outputs: int,
+        indices: int,
+        long_indices: bool,
+        kernels: int,
+        rows: int,
+        count: int,
+    ) -> None: ...
+    def set_forward(self, predictions: int) -> None: ...
+    def set_backward(self, grad: int, gradient: int) -> None: ...
+    def set_squared_error(self, targets: int, element_weights: int, loss: int, gradient: int) -> None: ...
+
 def generate_forward_cpu(params: GenerateParams, threads: int) -> None: ...
 def generate_backward_cpu(params: GenerateParams, threads: int) -> None: ...
 def attention_transfer_forward_cpu(params: AttentionParams, threads: int) -> None: ...
 def attention_transfer_backward_cpu(params: AttentionParams, threads: int) -> None: ...
+def predict_cpu(params: PredictParams, threads: int) -> None: ...
 
 # Only where `with_cuda`.
 def generate_forward_cuda(params: GenerateParams, stream: int, device: int) -> None: ...

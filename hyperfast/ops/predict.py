@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,46 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
-from hyperfast.ops import _triton
+from hyperfast.ops import _native, _triton
 from hyperfast.ops._library import differentiate, register
 
 _NETWORK = "Tensor[] embeddings, Tensor indices, Tensor[] weights, Tensor[] biases, "
 _OPTIONS = "Tensor? rows, str fusion, str activation, str precision"
+
+# Below zero these activations are a line of this slope; the native kernels know them by it.
+_SLOPES = {"relu": 0.0, "leaky_relu": reference.LEAKY_SLOPE}
+
+
+def _cpu_supports(
+    embeddings: Sequence[Tensor],
+    indices: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Tensor | None,
+    fusion: str,
+    activation: str,
+    precision: str,
+) -> str | None:
+    reason = _native.missing() or _native.wrong_device(indices, "cpu")
+    if reason is None and weights[0].dtype not in (torch.float32, torch.float64):
+        reason = f"the weights are {weights[0].dtype}; the CPU kernels take float32 and float64"
+    if reason is None and activation not in _SLOPES:
+        reason = f"activation {activation!r}; the CPU kernels have {', '.join(map(repr, _SLOPES))}"
+    if reason is None and len(embeddings) > (most := _native.module().max_tables):
+        reason = f"{len(embeddings)} embeddings; the CPU kernels take up to {most}"
+    if reason is None and len(weights) > (most := _native.module().max_predict_layers):
+        reason = f"{len(weights)} layers; the CPU kernels take up to {most}"
+    if reason is None and (indices if rows is None else rows).shape[0] == 0:
+        reason = "there are no rows to predict"
+    return reason
+
+
+def _bfloat16_supports(*arguments: Any) -> str | None:
+    """As `_cpu_supports`, for the processor's own products of bfloat16; only `explain` sees the difference."""
+    reason, precision = _cpu_supports(*arguments), arguments[-1]
+    if reason is None and precision == "bf16" and _native.module().instruction_set() != "avx512bf16":
+        reason = "the processor multiplies no bfloat16; float32 products of the rounded operands stand in"
+    return reason
 
 
 def _triton_supports(embeddings: Sequence[Tensor], *arguments: Any) -> str | None:
@@ -22,24 +57,19 @@ def _triton_supports(embeddings: Sequence[Tensor], *arguments: Any) -> str | Non
     return reason or _triton.kernels("predict").supports(embeddings, *arguments)
 
 
-def _triton_supports_backward(_grad: Tensor, *arguments: Any) -> str | None:
-    return _triton_supports(*arguments)
+def _of_backward(supports: Callable[..., str | None]) -> Callable[..., str | None]:
+    """`supports` of the forward pass for the arguments of the backward pass."""
+    return lambda _grad, *arguments: supports(*arguments)
 
 
-def _triton_supports_error(
-    embeddings: Sequence[Tensor],
-    indices: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    _targets: Tensor,
-    _element_weights: Tensor | None,
-    rows: Tensor | None,
-    fusion: str,
-    activation: str,
-    precision: str,
-    _gradients: bool,
-) -> str | None:
-    return _triton_supports(embeddings, indices, weights, biases, rows, fusion, activation, precision)
+def _of_squared_error(supports: Callable[..., str | None]) -> Callable[..., str | None]:
+    """`supports` of the forward pass for the arguments of the squared error."""
+
+    def supported(*arguments: Any) -> str | None:
+        *network, _targets, _element_weights, rows, fusion, activation, precision, _gradients = arguments
+        return supports(*network, rows, fusion, activation, precision)
+
+    return supported
 
 
 def _triton_forward(*arguments: Any) -> Any:
@@ -54,9 +84,98 @@ def _triton_squared_error(*arguments: Any) -> Any:
     return _triton.kernels("predict").squared_error(*arguments)
 
 
+class _Launch:
+    """Native parameters, and the contiguous tensors that they point into."""
+
+    def __init__(
+        self,
+        embeddings: Sequence[Tensor],
+        indices: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        rows: Tensor | None,
+        fusion: str,
+        activation: str,
+        precision: str,
+    ) -> None:
+        self._held: list[Tensor] = []
+        self._like = weights[0]
+        self.count = (indices if rows is None else rows).shape[0]
+        hidden = weights[0].shape[0]
+        self._work = self.count * hidden * len(weights)
+        self.params = _native.module().PredictParams(
+            dtype=_native.DTYPES[weights[0].dtype],
+            round=precision == "bf16",
+            concat=fusion == "concat",
+            slope=_SLOPES[activation],
+            embeddings=[self.address(e) for e in embeddings],
+            table_rows=[e.shape[0] for e in embeddings],
+            table_widths=[e.shape[1] for e in embeddings],
+            weights=[self.address(w) for w in weights],
+            biases=[self.address(b) for b in biases],
+            hidden=hidden,
+            outputs=weights[-1].shape[0],
+            indices=self.address(indices),
+            long_indices=indices.dtype == torch.int64,
+            kernels=indices.shape[0],
+            rows=self.address(rows),
+            count=self.count,
+        )
+
+    def address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._held.append(tensor.contiguous())
+        return self._held[-1].data_ptr()
+
+    def run(self) -> None:
+        _native.launch("predict", self.params, self._like, self._work)
+
+
+def _native_forward(
+    embeddings: Sequence[Tensor], indices: Tensor, weights: Sequence[Tensor], *options: Any
+) -> Tensor:
+    launch = _Launch(embeddings, indices, weights, *options)
+    predictions = weights[0].new_empty(launch.count, weights[-1].shape[0])
+    launch.params.set_forward(predictions.data_ptr())
+    launch.run()
+    return predictions
+
+
+def _native_backward(
+    grad: Tensor, embeddings: Sequence[Tensor], indices: Tensor, weights: Sequence[Tensor], *options: Any
+) -> Tensor:
+    launch = _Launch(embeddings, indices, weights, *options)
+    gradient = weights[0].new_empty(parameter_count(weights))
+    launch.params.set_backward(launch.address(grad), gradient.data_ptr())
+    launch.run()
+    return gradient
+
+
+def _native_squared_error(
+    embeddings: Sequence[Tensor],
+    indices: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    targets: Tensor,
+    element_weights: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    *rest, gradients = options
+    launch = _Launch(embeddings, indices, weights, biases, *rest)
+    loss = weights[0].new_empty(())
+    gradient = weights[0].new_empty(parameter_count(weights) if gradients else 0)
+    addresses = (launch.address(targets), launch.address(element_weights))
+    launch.params.set_squared_error(*addresses, loss.data_ptr(), gradient.data_ptr() if gradients else 0)
+    launch.run()
+    return loss, gradient
+
+
 forward_implementations = Dispatcher(
     "predict",
     [
+        Implementation(Backend.CPU, _native_forward, _bfloat16_supports),
+        Implementation(Backend.CPU, _native_forward, _cpu_supports),
         Implementation(Backend.TRITON, _triton_forward, _triton_supports),
         Implementation(Backend.REFERENCE, reference.predict),
     ],
@@ -64,14 +183,18 @@ forward_implementations = Dispatcher(
 backward_implementations = Dispatcher(
     "predict_backward",
     [
-        Implementation(Backend.TRITON, _triton_backward, _triton_supports_backward),
+        Implementation(Backend.CPU, _native_backward, _of_backward(_bfloat16_supports)),
+        Implementation(Backend.CPU, _native_backward, _of_backward(_cpu_supports)),
+        Implementation(Backend.TRITON, _triton_backward, _of_backward(_triton_supports)),
         Implementation(Backend.REFERENCE, reference.predict_backward),
     ],
 )
 squared_error_implementations = Dispatcher(
     "predict_squared_error",
     [
-        Implementation(Backend.TRITON, _triton_squared_error, _triton_supports_error),
+        Implementation(Backend.CPU, _native_squared_error, _of_squared_error(_bfloat16_supports)),
+        Implementation(Backend.CPU, _native_squared_error, _of_squared_error(_cpu_supports)),
+        Implementation(Backend.TRITON, _triton_squared_error, _of_squared_error(_triton_supports)),
         Implementation(Backend.REFERENCE, reference.squared_error_with_gradient),
     ],
 )

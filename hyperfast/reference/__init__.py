@@ -9,6 +9,7 @@ from hyperfast.reference.attention_transfer import (
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
 from hyperfast.reference.predict import (
     FUSIONS,
+    LEAKY_SLOPE,
     PRECISIONS,
     PREDICT_ACTIVATIONS,
     fourier_features,
@@ -23,6 +24,7 @@ __all__ = [
     "ACTIVATIONS",
     "ENCODINGS",
     "FUSIONS",
+    "LEAKY_SLOPE",
     "MODES",
     "PRECISIONS",
     "PREDICT_ACTIVATIONS",

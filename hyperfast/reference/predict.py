@@ -13,11 +13,11 @@ FUSIONS = ("concat", "sum")
 PREDICT_ACTIVATIONS = ("relu", "leaky_relu", "hardswish", "gelu", "relu6", "elu")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
-_LEAKY_SLOPE = 0.01
+LEAKY_SLOPE = 0.01
 
 
 def positional_embedding(count: int, base: float, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Table `[count, 2 * levels]` of the integers p = 0 .. count - 1: sin and cos of pi base^i p, interleaved per level.
+    """Table `[count, 2 * levels]` of the integers p = 0 .. count - 1: sin and cos of pi base^i p, interleaved.
 
     The angle is that of NeRN to the last bit, fp32(fp32(p fp32(fp32(base)^i)) fp32(pi)), whatever `dtype` is. Its sine
     and cosine are rounded from float64, since angles reach thousands of radians.
@@ -43,7 +43,7 @@ def _interleaved(angle: Tensor) -> Tensor:
 def predict_activate(x: Tensor, activation: str) -> Tensor:
     """The predictor's activation by name."""
     if activation == "leaky_relu":
-        return F.leaky_relu(x, _LEAKY_SLOPE)
+        return F.leaky_relu(x, LEAKY_SLOPE)
     run: Callable[[Tensor], Tensor] = getattr(F, activation)
     return run(x)
 
@@ -53,7 +53,7 @@ def predict_slope(x: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return (x > 0).to(x.dtype)
     if activation == "leaky_relu":
-        return torch.where(x > 0, 1.0, _LEAKY_SLOPE).to(x.dtype)
+        return torch.where(x > 0, 1.0, LEAKY_SLOPE).to(x.dtype)
     if activation == "relu6":
         return ((x > 0) & (x < 6)).to(x.dtype)
     if activation == "elu":
