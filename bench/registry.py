@@ -20,7 +20,7 @@ import hyperfast
 
 _Named = TypeVar("_Named", "Case", "Provider")
 
-NAMES = ("generate", "attention_transfer", "training_step")
+NAMES = ("generate", "attention_transfer", "predict", "training_step")
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ struct PredictPlan {
   using A = typename M::Acc;
   using Word = typename M::Word;
 
-  static constexpr int64_t kTileRows = 96;
-  static constexpr int64_t kChunkRows = 480, kMostChunks = 32, kMostChunkBytes = 256 << 20;
+  static constexpr int64_t kTileRows = 64;
+  static constexpr int64_t kChunkRows = 512, kMostChunks = 32, kMostChunkBytes = 256 << 20;
 
   const PredictParams& p;
   const int last;                     // number of hidden layers
@@ -281,8 +281,12 @@ class PredictTile {
 
   void run_backward(PartialGradient<A>& partial) {
     const int last = plan_.last;
-    for (int64_t r = 0; r < count_; ++r)
-      for (int64_t k = 0; k < p_.outputs; ++k) partial.bias[last + 1][k] += out_[r * plan_.out_ld + k];
+    for (int64_t column = 0; column < p_.outputs; column += kWidth) {
+      V total = {};  // of the tile: one running sum over all rows would lose digits
+      for (int64_t r = 0; r < rows_; ++r) total += load(out_ + r * plan_.out_ld + column);
+      A* to = partial.bias[last + 1] + column;
+      store_as<A, kWidth>(to, load(to) + total);
+    }
     multiply<Exact<A>>(p_.outputs, p_.hidden, rows_, out_, 1, plan_.out_ld, {wide_, plan_.ld},
                        AddTo<A>{partial.weight[last + 1], plan_.ld});
     multiply<Exact<A>>(rows_, p_.hidden, p_.outputs, out_, plan_.out_ld, 1, {plan_.last_backward},
