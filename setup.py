@@ -52,15 +52,14 @@ PACKAGES = [
     "hyperfast.surgery",
 ]
 
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 # The processor's kernels are compiled once per instruction set; the module picks one when it is loaded.
 INSTRUCTION_SETS = (
     {
         "baseline": ["-msse2"],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [
-            *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-            "-mprefer-vector-width=512",
-        ],
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
     }
     if platform.machine() in ("x86_64", "AMD64")
     else {"baseline": []}

@@ -77,6 +77,39 @@ struct GreedyChainLaunch {
   std::vector<GreedyChains> jobs;
 };
 
+PredictParams predict_params(int dtype, bool round, bool concat, double slope, const std::vector<Address>& embeddings,
+                             const std::vector<int64_t>& table_rows, const std::vector<int64_t>& table_widths,
+                             const std::vector<Address>& weights, const std::vector<Address>& biases, int64_t hidden,
+                             int64_t outputs, Address indices, bool long_indices, int64_t kernels, Address rows,
+                             int64_t count) {
+  if (embeddings.size() > size_t(kMaxTables)) throw std::invalid_argument("too many embeddings");
+  if (weights.size() > size_t(kMaxPredictLayers)) throw std::invalid_argument("too many layers");
+  PredictParams p;
+  p.dtype = DType(dtype);
+  p.round = round;
+  p.concat = concat;
+  p.slope = slope;
+  p.tables = int(embeddings.size());
+  for (int j = 0; j < p.tables; ++j) {
+    p.embedding[j] = pointer(embeddings[j]);
+    p.table_rows[j] = table_rows[j];
+    p.table_width[j] = table_widths[j];
+  }
+  p.layers = int(weights.size());
+  for (int layer = 0; layer < p.layers; ++layer) {
+    p.weight[layer] = pointer(weights[layer]);
+    p.bias[layer] = pointer(biases[layer]);
+  }
+  p.hidden = hidden;
+  p.outputs = outputs;
+  p.indices = pointer(indices);
+  p.long_indices = long_indices;
+  p.kernels = kernels;
+  p.rows = static_cast<const int64_t*>(pointer(rows));
+  p.count = count;
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -85,6 +118,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = HYPERFAST_WITH_CUDA ? HYPERFAST_CUDA_ARCHS : "";
   m.attr("max_layers") = kMaxLayers;
   m.attr("max_taps") = kMaxTaps;
+  m.attr("max_tables") = kMaxTables;
+  m.attr("max_predict_layers") = kMaxPredictLayers;
   m.attr("max_ranger_tensors") = kMaxRangerTensors;
   m.def("instruction_set", [] { return cpu_kernels().instruction_set; });
 
@@ -252,6 +287,28 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("batch"), py::arg("count"), py::arg("dimension"), py::arg("vectors"),
            py::arg("order"));
 
+  py::class_<PredictParams>(m, "PredictParams")
+      .def(py::init(&predict_params), py::kw_only(), py::arg("dtype"), py::arg("round"), py::arg("concat"),
+           py::arg("slope"), py::arg("embeddings"), py::arg("table_rows"), py::arg("table_widths"), py::arg("weights"),
+           py::arg("biases"), py::arg("hidden"), py::arg("outputs"), py::arg("indices"), py::arg("long_indices"),
+           py::arg("kernels"), py::arg("rows"), py::arg("count"))
+      .def("set_forward", [](PredictParams& p, Address predictions) { p.predictions = pointer(predictions); },
+           py::arg("predictions"))
+      .def("set_backward",
+           [](PredictParams& p, Address grad, Address gradient) {
+             p.grad = pointer(grad);
+             p.gradient = pointer(gradient);
+           },
+           py::arg("grad"), py::arg("gradient"))
+      .def("set_squared_error",
+           [](PredictParams& p, Address targets, Address element_weights, Address loss, Address gradient) {
+             p.targets = pointer(targets);
+             p.element_weights = pointer(element_weights);
+             p.loss = pointer(loss);
+             p.gradient = pointer(gradient);
+           },
+           py::arg("targets"), py::arg("element_weights"), py::arg("loss"), py::arg("gradient"));
+
   const auto release_gil = py::call_guard<py::gil_scoped_release>();
   m.def("generate_forward_cpu", [](const GenerateParams& p, int threads) { cpu_kernels().generate_forward(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
@@ -271,6 +328,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("greedy_chain_cpu",
         [](const GreedyChainLaunch& launch, int threads) {
           cpu_kernels().greedy_chain({launch.similarity, launch.jobs.data(), int64_t(launch.jobs.size())}, threads);
+        },
+        py::arg("params"), py::arg("threads"), release_gil);
+  m.def("predict_cpu",
+        [](const PredictParams& p, int threads) {
+          if (!cpu_kernels().predict(p, threads))
+            throw std::out_of_range("an index of predict is outside its embedding table, or a row outside indices");
         },
         py::arg("params"), py::arg("threads"), release_gil);
 

@@ -6,6 +6,7 @@
 #include "hyperfast/attention_transfer.h"
 #include "hyperfast/generate.h"
 #include "hyperfast/greedy_chain.h"
+#include "hyperfast/predict.h"
 #include "hyperfast/rank_one_update.h"
 #include "hyperfast/ranger_update.h"
 
@@ -18,6 +19,7 @@ struct CpuKernels {
   void (*attention_transfer_forward)(const AttentionParams&, int threads);
   void (*attention_transfer_backward)(const AttentionParams&, int threads);
   void (*greedy_chain)(const GreedyChainParams&, int threads);
+  bool (*predict)(const PredictParams&, int threads);  // false: an index is outside its table
   void (*rank_one_update)(const RankOneParams&, int threads);
   void (*ranger_update)(const RangerParams&, int threads);
 };
@@ -29,6 +31,7 @@ struct CpuKernels {
   void attention_transfer_forward(const AttentionParams&, int);  \
   void attention_transfer_backward(const AttentionParams&, int); \
   void greedy_chain(const GreedyChainParams&, int);              \
+  bool predict(const PredictParams&, int);                       \
   void rank_one_update(const RankOneParams&, int);               \
   void ranger_update(const RangerParams&, int);                  \
   inline CpuKernels kernels() {                                  \
@@ -38,6 +41,7 @@ struct CpuKernels {
             attention_transfer_forward,                          \
             attention_transfer_backward,                         \
             greedy_chain,                                        \
+            predict,                                             \
             rank_one_update,                                     \
             ranger_update};                                      \
   }                                                              \
@@ -47,19 +51,21 @@ HYPERFAST_DECLARE(baseline)
 #if defined(__x86_64__)
 HYPERFAST_DECLARE(avx2)
 HYPERFAST_DECLARE(avx512)
+HYPERFAST_DECLARE(avx512bf16)
 #endif
 #undef HYPERFAST_DECLARE
 
 // HYPERFAST_INSTRUCTION_SET narrows the choice, so that one machine can test them all.
 inline CpuKernels choose_cpu_kernels() {
   const char* wanted = std::getenv("HYPERFAST_INSTRUCTION_SET");
-  const std::string limit = wanted ? wanted : "avx512";
+  const std::string limit = wanted ? wanted : "avx512bf16";
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (limit == "avx512" && fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return avx512::kernels();
+  const bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (limit == "avx512bf16" && wide && __builtin_cpu_supports("avx512bf16")) return avx512bf16::kernels();
+  if (limit.rfind("avx512", 0) == 0 && wide) return avx512::kernels();
   if (limit != "baseline" && fma) return avx2::kernels();
 #endif
   return baseline::kernels();

@@ -6,6 +6,8 @@ with_cuda: bool
 cuda_archs: str
 max_layers: int
 max_taps: int
+max_tables: int
+max_predict_layers: int
 max_ranger_tensors: int
 
 def instruction_set() -> str: ...
@@ -63,6 +65,31 @@ class AttentionParams:
 class GreedyChainParams:
     def __init__(self, *, similarity: int) -> None: ...
     def add(self, *, batch: int, count: int, dimension: int, vectors: int, order: int) -> None: ...
+
+class PredictParams:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        round: bool,
+        concat: bool,
+        slope: float,
+        embeddings: list[int],
+        table_rows: list[int],
+        table_widths: list[int],
+        weights: list[int],
+        biases: list[int],
+        hidden: int,
+        outputs: int,
+        indices: int,
+        long_indices: bool,
+        kernels: int,
+        rows: int,
+        count: int,
+    ) -> None: ...
+    def set_forward(self, predictions: int) -> None: ...
+    def set_backward(self, grad: int, gradient: int) -> None: ...
+    def set_squared_error(self, targets: int, element_weights: int, loss: int, gradient: int) -> None: ...
 
 class RankOneParams:
     def __init__(
@@ -122,6 +149,7 @@ def generate_backward_cpu(params: GenerateParams, threads: int) -> None: ...
 def attention_transfer_forward_cpu(params: AttentionParams, threads: int) -> None: ...
 def attention_transfer_backward_cpu(params: AttentionParams, threads: int) -> None: ...
 def greedy_chain_cpu(params: GreedyChainParams, threads: int) -> None: ...
+def predict_cpu(params: PredictParams, threads: int) -> None: ...
 def rank_one_update_cpu(params: RankOneParams, threads: int) -> None: ...
 def ranger_update_cpu(params: RangerParams, threads: int) -> None: ...
 

@@ -141,11 +141,15 @@ def test_no_file_grows_beyond_what_one_reads_in_a_sitting():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_operation_is_complete(operation):
-    """One operation: one file in ops/, one in reference/, its tests and its bench entry."""
+    """One operation: one file in ops/, one in reference/, its CPU launcher, its tests and its bench entry.
+
+    What has a CUDA launcher too shares its body with it.
+    """
+    shared = [f"common/{operation}.h"] if (ROOT / "csrc" / "cuda" / f"{operation}.cu").exists() else []
     for expected in (
         PACKAGE / "reference" / f"{operation}.py",
         ROOT / "csrc" / "include" / "hyperfast" / f"{operation}.h",
-        ROOT / "csrc" / "common" / f"{operation}.h",
+        *(ROOT / "csrc" / body for body in shared),
         ROOT / "csrc" / "cpu" / f"{operation}.cpp",
         ROOT / "tests" / "ops" / f"test_{operation}.py",
         ROOT / "bench" / "operations" / f"{operation}.py",

@@ -16,9 +16,13 @@ __all__ = [
     "attention_transfer",
     "dequantize",
     "fake_quantize",
+    "fourier_features",
     "generate",
     "greedy_chain",
+    "positional_embedding",
+    "predict",
     "quantize",
     "ranger_update",
     "sgd_rank_one",
+    "squared_error",
 ]

@@ -121,12 +121,27 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         found.append(moved)
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+embeddings = [functional.positional_embedding(n, 0.76, 3) for n in (3, 200)]
+indices = torch.stack((torch.randint(3, (120,)), torch.randint(200, (120,))), 1)
+weights = [torch.randn(o, i).div(i**0.5).requires_grad_() for o, i in ((37, 12), (37, 37), (37, 37), (9, 37))]
+biases = [torch.randn(w.shape[0], requires_grad=True) for w in weights]
+targets = torch.randn(120, 9)
+for dtype, precision in ((torch.float32, "fp32"), (torch.float32, "bf16"), (torch.float64, "fp32")):
+    layers = [[p.detach().to(dtype).requires_grad_() for p in group] for group in (weights, biases)]
+    tables, found = [e.to(dtype) for e in embeddings], []
+    for backend in ("cpu", "reference"):
+        with hyperfast.use_backend(backend):
+            error = torch.ops.hyperfast.predict_squared_error(
+                tables, indices, *layers, targets.to(dtype), None, None, "concat", "relu", precision, True)
+            found.append([functional.predict(tables, indices, *layers, precision=precision).detach(), *error])
+    for a, b in zip(*found):
+        assert (a - b).norm() <= (5e-3 if precision == "bf16" else 1e-5) * b.norm(), (dtype, precision)
 """
 
 
-@pytest.mark.parametrize("wanted", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("wanted", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_computes_the_same(wanted):
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "avx512bf16"]
     widest = _native.module().instruction_set()
     if order.index(wanted) > order.index(widest):
         pytest.skip(f"the processor has no more than {widest}")
