@@ -45,7 +45,8 @@ def pair_taps(student: Features, teacher: Features) -> tuple[list[str], list[Ten
             )
         if s.device != t.device:
             raise ValueError(f"tap {name!r}: student on {s.device}, teacher on {t.device}; move one with .to(device)")
-    return names, students, [t.detach() for t in teachers]
+    # One tensor stays one tensor: a loss may count it once.
+    return names, students, [t.detach() if t.requires_grad else t for t in teachers]
 
 
 class FeatureLoss(nn.Module, ABC):
@@ -57,7 +58,7 @@ class FeatureLoss(nn.Module, ABC):
         weights: :math:`\lambda_l`, one number per tap: a sequence in call order, a mapping from tap name (`"layer1"`,
             `"relu#1:input"`: path, `#call` after the first, side where it is the input) that names every tap, or a
             tensor `[L]` on the device, which a schedule may overwrite in place without a recompilation or a new
-            CUDA graph. Default 1 / L. May be assigned at any time.
+            CUDA graph. Default 1 / L, unless the loss says otherwise. May be assigned at any time.
 
     Attributes:
         last: the unweighted losses `[L]` of the last forward, detached and still on the device: reading them to a log
@@ -76,6 +77,10 @@ class FeatureLoss(nn.Module, ABC):
     def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Unweighted losses `[L]`, at least float32. The pairs have equal batch sizes and devices."""
 
+    def reduce(self, losses: Tensor) -> Tensor:
+        """What becomes of the losses `[L]` where there are no weights: their mean."""
+        return losses.mean()
+
     def forward(self, student: Features, teacher: Features) -> Tensor:
         """The weighted sum, a scalar; gradients flow to the student's maps only.
 
@@ -86,7 +91,7 @@ class FeatureLoss(nn.Module, ABC):
         losses = self.per_tap(students, teachers)
         self.last, self.last_names = losses.detach(), names
         if self.weights is None:
-            return losses.mean()
+            return self.reduce(losses)
         return (losses * self._weights_for(names, losses, self.weights)).sum()
 
     def _weights_for(self, names: list[str], losses: Tensor, weights: Weights) -> Tensor:
