@@ -101,7 +101,8 @@ def _l2_batched(student: Tensor, teacher: Tensor) -> Tensor:
 def _l2(student: Tensor, teacher: Tensor) -> Tensor:
     # The norm of no element is 0, and would make an empty batch NaN.
     unit = teacher / vector_norm(teacher) if teacher.numel() else teacher
-    return (student / (vector_norm(student) + _EPS) - unit).square().sum()
+    difference: Tensor = student / (vector_norm(student) + _EPS) - unit
+    return difference.square().sum()
 
 
 def _sp(student: Tensor, teacher: Tensor) -> Tensor:
@@ -110,7 +111,8 @@ def _sp(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _rows_to_unit(matrix: Tensor) -> Tensor:
-    return matrix / (vector_norm(matrix, dim=1, keepdim=True) + _EPS)
+    unit: Tensor = matrix / (vector_norm(matrix, dim=1, keepdim=True) + _EPS)
+    return unit
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2_batched": _l2_batched, "l2": _l2, "sp": _sp}
