@@ -1,4 +1,4 @@
-"""Layers: hypernetworks over any module."""
+"""Layers: hypernetworks over any module, and the predictor of a network's weights."""
 
 from hyperfast.nn.conditions import (
     Condition,
@@ -12,7 +12,8 @@ from hyperfast.nn.cost import CostReport, CostRow
 from hyperfast.nn.hypernetize import hypernetize
 from hyperfast.nn.hypernetwork import Hypernetwork, StepFactors
 from hyperfast.nn.initialization import initialize
-from hyperfast.nn.interop import load_hyperlight
+from hyperfast.nn.interop import load_hyperlight, load_nern, nern_state_dict
+from hyperfast.nn.weight_predictor import WeightPredictor
 
 __all__ = [
     "Condition",
@@ -25,7 +26,10 @@ __all__ = [
     "PerLayerCondition",
     "StepFactors",
     "StochasticCondition",
+    "WeightPredictor",
     "hypernetize",
     "initialize",
     "load_hyperlight",
+    "load_nern",
+    "nern_state_dict",
 ]
