@@ -13,6 +13,7 @@ from hyperfast.nn.hypernetize import hypernetize
 from hyperfast.nn.hypernetwork import Hypernetwork, StepFactors
 from hyperfast.nn.initialization import initialize
 from hyperfast.nn.interop import load_hyperlight, load_nern, nern_state_dict
+from hyperfast.nn.row_sampler import RowSampler
 from hyperfast.nn.weight_predictor import WeightPredictor
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Hypernetwork",
     "LearnedCondition",
     "PerLayerCondition",
+    "RowSampler",
     "StepFactors",
     "StochasticCondition",
     "WeightPredictor",
