@@ -201,11 +201,8 @@ def _upper_bounds(norms: Tensor) -> tuple[Tensor, float]:
     if len(bad):
         row = int(bad[0])
         raise ValueError(f"norms[{row}] is {float(wide[row])}; expected finite numbers that are not negative")
-    positive = wide.nonzero()
-    if len(positive) == 0:
+    if not wide.any():
         raise ValueError("norms are all 0, so that no row can be drawn by magnitude; use method='uniform'")
     # Summed on the CPU: a parallel sum need not rise from row to row.
     bounds = wide.cumsum(0)
-    total = float(bounds[-1])
-    bounds[int(positive[-1]) :] = torch.inf  # a place that is rounded up to the total is the last row's
-    return bounds.to(norms.device), total
+    return bounds.to(norms.device), float(bounds[-1])

@@ -219,7 +219,7 @@ RAGGED = torch.cat(
     [("local", ([2, 2, 3], [2, 4, 1])), ("global", ([6, 6, 6], [6, 6, 6])), (None, ([1, 1, 1], [1, 1, 1]))],
 )
 def test_normalized_coordinates(kind, normalization, divisors):
-    predictor = WeightPredictor((2, 6, 5), 4, RAGGED, levels=6, embedding=kind, normalization=normalization)
+    predictor = WeightPredictor((2, 5, 6), 4, RAGGED, levels=6, embedding=kind, normalization=normalization)
     position = RAGGED.double() / torch.tensor(divisors, dtype=torch.float64)[RAGGED[:, 0]]
     if kind == "basic":
         angle = math.pi * position[:, :, None] * 0.76 ** torch.arange(6, dtype=torch.float64)
@@ -231,7 +231,7 @@ def test_normalized_coordinates(kind, normalization, divisors):
 
 
 def test_normalized_tables_hold_one_row_per_value():
-    predictor = WeightPredictor((2, 6, 5), 4, RAGGED, normalization="local")
+    predictor = WeightPredictor((2, 5, 6), 4, RAGGED, normalization="local")
     assert [len(table) for table in predictor.embeddings] == [2, 4, 3]  # 0 1/2; 0 1/4 1/2 3/4; 0 1/3 2/3
 
 
