@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 _BLOCK = 32  # elements
 
 
-def golden() -> dict[str, Tensor]:
-    """Values computed with the peers' own code; see tests/golden/feature_kd_and_hyperlight.README.md."""
-    with np.load(Path(__file__).parent / "golden" / "feature_kd_and_hyperlight.npz") as file:
+def golden(name: str = "feature_kd_and_hyperlight") -> dict[str, Tensor]:
+    """Values computed with the peers' own code; see tests/golden/{name}.README.md."""
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 

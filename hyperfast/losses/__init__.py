@@ -2,6 +2,7 @@
 
 from hyperfast.losses.attention_transfer import AttentionTransfer
 from hyperfast.losses.base import FeatureLoss
+from hyperfast.losses.feature_map_distillation import FeatureMapDistillation
 from hyperfast.losses.logit_distillation import LogitDistillation
 
-__all__ = ["AttentionTransfer", "FeatureLoss", "LogitDistillation"]
+__all__ = ["AttentionTransfer", "FeatureLoss", "FeatureMapDistillation", "LogitDistillation"]

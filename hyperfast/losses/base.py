@@ -45,7 +45,8 @@ def pair_taps(student: Features, teacher: Features) -> tuple[list[str], list[Ten
             )
         if s.device != t.device:
             raise ValueError(f"tap {name!r}: student on {s.device}, teacher on {t.device}; move one with .to(device)")
-    return names, students, [t.detach() for t in teachers]
+    # One tensor stays one tensor: a loss may count it once.
+    return names, students, [t.detach() if t.requires_grad else t for t in teachers]
 
 
 class FeatureLoss(nn.Module, ABC):
@@ -57,7 +58,7 @@ class FeatureLoss(nn.Module, ABC):
         weights: :math:`\lambda_l`, one number per tap: a sequence in call order, a mapping from tap name (`"layer1"`,
             `"relu#1:input"`: path, `#call` after the first, side where it is the input) that names every tap, or a
             tensor `[L]` on the device, which a schedule may overwrite in place without a recompilation or a new
-            CUDA graph. Default 1 / L. May be assigned at any time.
+            CUDA graph. Default 1 / L, unless the loss says otherwise. May be assigned at any time.
         beta: :math:`\beta`, the weight of the whole loss, so that `loss(...)` is what is added to the total.
 
     Attributes:
@@ -81,6 +82,10 @@ class FeatureLoss(nn.Module, ABC):
         terms: a loss may compute its gradients ahead for it, but must be right for any other.
         """
 
+    def default_weights(self, count: int) -> list[float]:
+        """The weights of `count` taps where none were given: a mean."""
+        return [1 / count] * count
+
     def forward(self, student: Features, teacher: Features) -> Tensor:
         """The weighted sum, a scalar; gradients flow to the student's maps only.
 
@@ -101,7 +106,7 @@ class FeatureLoss(nn.Module, ABC):
                 raise ValueError(f"weights is {list(weights.shape)}; expected [{count}], one per tap")
             return weights if self.beta == 1 else weights * self.beta
         if weights is None:
-            values: list[float] = [1 / count] * count
+            values = self.default_weights(count)
         else:
             values = _values(names, weights) if isinstance(weights, Mapping) else list(weights)
         if len(values) != count:

@@ -6,30 +6,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_MODES = ("kl", "stable", "multi_stable")
+_EPS = 1e-4  # NeRN's; part of the loss, since probabilities below it pull the student no further
+
 
 class LogitDistillation(nn.Module):
     r"""The student's softened class probabilities follow the teacher's.
 
+    With :math:`p = \mathrm{softmax}(z_t / T)`, :math:`q = \mathrm{softmax}(z_s / T)` and :math:`\epsilon = 10^{-4}`:
+
     .. math::
-        L = \frac{T^2}{B} \sum_b \mathrm{KL}(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T))
+        L_{kl} = \frac{T^2}{B} \sum_b \sum_k p \log \frac{p}{q}, \quad
+        L_{stable} = \frac{T^2}{B} \sum_b \sum_k p \log \frac{p}{q + \epsilon}, \quad
+        L_{multi} = \frac{T^2}{B} \sum_b \sum_k (p + \epsilon) \log \frac{p + \epsilon}{q + \epsilon}
 
     The factor :math:`T^2` keeps the size of the gradient when T changes.
 
     Args:
         temperature: T > 0.
+        mode: `"kl"`, the divergence; `"stable"`, which bounds the gradient of a class that the student thinks
+            impossible; `"multi_stable"`, the same with both sides raised.
 
     Shape:
         `loss(student_logits, teacher_logits)`, both `[B, classes]`, any floating dtype; the arithmetic is float32
         (float64 for float64), also under autocast. Result: a scalar; gradients flow to the student only.
 
-    Source: Hinton, Vinyals and Dean, arXiv 1503.02531; `batchmean` reduction as in RepDistiller.
+    Notes:
+        NeRN's losses: `KLDivLoss` is `temperature=1`, `StableKLDivLoss` (which all its configurations use) is
+        `temperature=1, mode="stable"`, `TempStableKLDivLoss` is `temperature=2, mode="stable"`, and
+        `MultiStableKLDivLoss` is `temperature=1, mode="multi_stable"`. The two stable modes are no divergences: they
+        may be slightly negative, and are not 0 where p = q.
+
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531; `batchmean` reduction as in RepDistiller. Stable modes: the
+    code of NeRN, arXiv 2212.13554 (maorash/NeRN).
     """
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, temperature: float = 4.0, mode: str = "kl") -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected a positive number")
-        self.temperature = float(temperature)
+        if mode not in _MODES:
+            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(map(repr, _MODES))}")
+        self.temperature, self.mode = float(temperature), mode
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The loss, a scalar.
@@ -50,8 +68,12 @@ class LogitDistillation(nn.Module):
         dtype = torch.promote_types(torch.float32, student_logits.dtype)
         log_student = F.log_softmax(student_logits.to(dtype) / self.temperature, dim=1)
         log_teacher = F.log_softmax(teacher_logits.detach().to(dtype) / self.temperature, dim=1)
+        if self.mode != "kl":
+            log_student = (log_student.exp() + _EPS).log()
+        if self.mode == "multi_stable":
+            log_teacher = (log_teacher.exp() + _EPS).log()
         divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
         return divergence * (self.temperature**2 / max(len(student_logits), 1))
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
+        return f"temperature={self.temperature}" + (f", mode={self.mode!r}" if self.mode != "kl" else "")

@@ -1,4 +1,4 @@
-"""Layers: hypernetworks over any module."""
+"""Layers: hypernetworks over any module, and the predictor of a network's weights."""
 
 from hyperfast.nn.conditions import (
     Condition,
@@ -12,7 +12,9 @@ from hyperfast.nn.cost import CostReport, CostRow
 from hyperfast.nn.hypernetize import hypernetize
 from hyperfast.nn.hypernetwork import Hypernetwork, StepFactors
 from hyperfast.nn.initialization import initialize
-from hyperfast.nn.interop import load_hyperlight
+from hyperfast.nn.interop import load_hyperlight, load_nern, nern_state_dict
+from hyperfast.nn.row_sampler import RowSampler
+from hyperfast.nn.weight_predictor import WeightPredictor
 
 __all__ = [
     "Condition",
@@ -23,9 +25,13 @@ __all__ = [
     "Hypernetwork",
     "LearnedCondition",
     "PerLayerCondition",
+    "RowSampler",
     "StepFactors",
     "StochasticCondition",
+    "WeightPredictor",
     "hypernetize",
     "initialize",
     "load_hyperlight",
+    "load_nern",
+    "nern_state_dict",
 ]

@@ -1,4 +1,4 @@
-"""Weights of other projects' hypernetworks."""
+"""Weights of other projects' hypernetworks, and ours for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hyperfast.nn.hypernetwork import Hypernetwork
+    from hyperfast.nn.weight_predictor import WeightPredictor
 
 _KINDS = ("weight", "bias")
+_NERN_LAST = "final_linear_layer"
 _KEY = re.compile(r"backbone\.(?:block\d+_lin|output)\.(?:weight|bias)$")
 
 
@@ -102,3 +104,42 @@ def _row_order(
     if missing:
         raise ValueError(f"shapes_order lacks the generated parameters {', '.join(missing[:20])}")
     return [starts[target.name] for target in hypernetwork.targets]
+
+
+def nern_state_dict(predictor: WeightPredictor) -> dict[str, Tensor]:
+    """The parameters under NeRN's names: `layers.{i}.*` of all layers but the last, `final_linear_layer.*`.
+
+    They share the predictor's memory, as those of `state_dict()` do.
+    """
+    last = len(predictor.layers) - 1
+    return {key.replace(f"layers.{last}.", f"{_NERN_LAST}."): value for key, value in predictor.state_dict().items()}
+
+
+@torch.no_grad()
+def load_nern(predictor: WeightPredictor, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy the weights of a NeRN predictor (a file `nern_*.pth`) into a `WeightPredictor` of the same widths.
+
+    Base, levels, fusion and permutations are in NeRN's configuration, not in its file: give the predictor the same.
+
+    Args:
+        predictor: is overwritten; where an error is raised, nothing was.
+        state_dict: with the names of `nern_state_dict`.
+
+    Raises:
+        ValueError: keys that are missing or foreign, or shapes that do not fit.
+    """
+    own = nern_state_dict(predictor)
+    missing, foreign = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
+    if missing or foreign:
+        raise ValueError(
+            f"state_dict: missing keys {missing[:8]}, unexpected keys {foreign[:8]}; expected that of a NeRN predictor "
+            f"with {len(predictor.layers)} linear layers"
+        )
+    for key, value in own.items():
+        if value.shape != state_dict[key].shape:
+            raise ValueError(
+                f"{key} is {list(state_dict[key].shape)}; this predictor needs {list(value.shape)}. Use the hidden "
+                "width, levels, fusion and outputs that the NeRN predictor had"
+            )
+    for key, value in own.items():
+        value.copy_(state_dict[key])
