@@ -124,8 +124,10 @@ void chain(const float* vectors, int64_t* order, int64_t count, int64_t dimensio
   for (int64_t i = 0; i < count; ++i)
     if (kDistance || !is_zero(vectors + i * dimension, dimension)) kept.data()[searched++] = i;
   for (int64_t i = 0, next = 0, last = searched; i < count; ++i) {
-    if (next < searched && kept.data()[next] == i) ++next;
-    else order[last++] = i;
+    if (next < searched && kept.data()[next] == i)
+      ++next;
+    else
+      order[last++] = i;
   }
   if (searched == 0) return;
 
