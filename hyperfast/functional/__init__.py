@@ -7,6 +7,7 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 from hyperfast.functional.attention_transfer import attention_transfer
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
+from hyperfast.functional.predict import fourier_features, positional_embedding, predict, squared_error
 from hyperfast.functional.quantize import dequantize, fake_quantize, quantize
 from hyperfast.functional.ranger_update import ranger_update
 from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one

@@ -36,7 +36,6 @@ __all__ = [
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
-    "attention_transfer_with_coefficients",
     "fourier_features",
     "generate",
     "generate_backward",
