@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hyperfast.functional import ranger_update
-from hyperfast.functional.ranger_update import check_ranger_options
+from hyperfast.functional.ranger_update import check_ranger_options, ranger_update
 
 _STATE = ("exp_avg", "exp_avg_sq", "slow", "step")
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "k", "alpha", "centralize")
