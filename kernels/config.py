@@ -163,6 +163,78 @@ def partition_rows(rows: int, config: GenerateConfig, device: torch.device) -> R
     return RowPartition(cdiv(rows, chunk), chunk)
 
 
+@dataclass(frozen=True)
+class PredictConfig:
+    """Block sizes of the predict kernels.
+
+    Attributes:
+        stride: the hidden width, padded; columns of a row in the workspace.
+        pieces: powers of two that add up to `stride`: the accumulators of a tile of rows.
+        passes: where each pass over the columns begins, as an index of `pieces`, and the end.
+        rows: rows of a tile.
+        inner: columns that a step of a product multiplies.
+        block: side of a tile of a weight gradient.
+        warps: of the row kernel.
+        precision: Triton's name for how float32 operands of the hidden products are multiplied.
+        exact: the same for the last layer.
+        half: the hidden products have bfloat16 operands.
+    """
+
+    stride: int
+    pieces: tuple[int, ...]
+    passes: tuple[int, ...]
+    rows: int
+    inner: int
+    block: int
+    warps: int
+    precision: str
+    exact: str
+    half: bool
+
+
+def _pieces(width: int, largest: int) -> tuple[int, ...]:
+    """`width`, a multiple of 16, as powers of two, the large ones first."""
+    whole, rest = divmod(width, largest)
+    return (largest,) * whole + tuple(1 << bit for bit in reversed(range(4, rest.bit_length())) if rest >> bit & 1)
+
+
+def _passes(pieces: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Consecutive pieces in groups of at most `most` columns."""
+    starts, columns = [0], 0
+    for index, piece in enumerate(pieces):
+        if columns and columns + piece > most:
+            starts.append(index)
+            columns = 0
+        columns += piece
+    return (*starts, len(pieces))
+
+
+def predict_config(rows: int, width: int, precision: str, multiprocessors: int) -> PredictConfig:
+    """Block sizes for `rows` rows of hidden width `width` on so many multiprocessors."""
+    stride = cdiv(width, DOT_MINIMUM) * DOT_MINIMUM
+    exact = precision == "fp32"
+    # Long tiles read the matrices less often, short ones keep every multiprocessor busy.
+    largest = 64 if exact else 128
+    tile = max(DOT_MINIMUM, min(largest, next_power_of_2(cdiv(rows, multiprocessors))))
+    warps = 4 if tile <= 32 and stride <= 256 else 8
+    # Without tensor cores a product holds rows of its operands in registers beside the accumulators.
+    accumulators = (64 if exact else 144) * 32 * warps
+    # A piece leaves through shared memory: 64 KiB at most.
+    pieces = _pieces(stride, min(256, 16384 // tile))
+    return PredictConfig(
+        stride,
+        pieces,
+        _passes(pieces, accumulators // tile),
+        tile,
+        32 if precision == "bf16" else 16,
+        64,
+        warps,
+        "ieee" if exact else "tf32",
+        "ieee" if exact else "tf32x3",
+        precision == "bf16",
+    )
+
+
 class Tickets:
     """Counters for "the last program to finish reduces": int32 zeros that every launch leaves zero.
 
