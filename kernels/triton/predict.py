@@ -172,3 +172,111 @@ def squared_error(
         ),
     )
     return loss, gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shipped, for the ahead-of-time gate
+
+# (rows, hidden width, embedding widths, fusion, layers, outputs, activation, what is wanted, tables): tiles of 16 to
+# 128 rows, one to three passes over the columns, the published widths, every activation that has code of its own.
+_SHIPPED: tuple[tuple[int, int, tuple[int, ...], str, int, int, str, str, bool], ...] = (
+    (1024, 16, (80, 80, 80), "sum", 2, 1, "leaky_relu", "backward", False),
+    (4096, 140, (80, 80, 80), "concat", 5, 9, "relu", "loss and gradient", True),
+    (4096, 300, (240,), "concat", 5, 9, "gelu", "loss and gradient", False),
+    (29744, 180, (80, 80, 80), "concat", 5, 9, "elu", "backward", True),
+    (94256, 280, (80, 80, 80), "concat", 5, 9, "relu", "loss and gradient", True),
+    (94256, 512, (80, 80, 80), "concat", 5, 49, "hardswish", "loss and gradient", True),
+    (94256, 280, (80, 80, 80), "concat", 5, 9, "relu6", "prediction", True),
+    (94256, 280, (80, 80, 80), "concat", 5, 9, "relu", "loss", True),
+)
+_MULTIPROCESSORS = 132
+_WIDE = (1024, 9, "relu")
+
+
+def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
+    """The compiled forms of all kernels whose hidden products have operands of `dtype`."""
+    for precision in {torch.float32: ("fp32", "tf32"), torch.bfloat16: ("bf16",)}.get(dtype, ()):
+        for shape in _SHIPPED:
+            yield from _fused_configurations(*shape, precision)
+        yield from _layer_configurations(precision)
+    if dtype == torch.float32:
+        types = {"gradient": "*fp32", "partials": "*fp32", "loss": "*fp32", "losses": "*fp32"}
+        types |= dict.fromkeys(("splits", "parameters", "tiles"), "i32")
+        constants = {"BLOCK": predict_fused.REDUCE_BLOCK}
+        signature = kernel_signature(predict_reduce_kernel, types, constants)
+        yield Configuration("", predict_reduce_kernel, signature, constants, predict_fused.REDUCE_OPTIONS)
+
+
+def _types(kernel: Any, element: str, layers: int, coordinates: int) -> dict[str, Any]:
+    types: dict[str, Any] = dict.fromkeys(kernel.arg_names, "*fp32")
+    types |= dict.fromkeys(("hidden", "gradients", "slopes", "forward_weights", "backward_weights", "g"), element)
+    types |= {"indices": "*i64", "rows": "*i64", "embeddings": ("*fp32",) * coordinates}
+    types |= {"tables": ("*fp32",) * coordinates, "counts": ("i32",) * coordinates}
+    types |= {"hidden_weights": ("*fp32",) * (layers - 2)}
+    types |= dict.fromkeys(
+        ("start", "end", "tiles", "slots", "filled", "chunk", "first_chunk", "splits", "parameters", "count"), "i32"
+    )
+    return types
+
+
+def _fused_configurations(
+    count: int, width: int, embedding: tuple[int, ...], fusion: str, layers: int, outputs: int, activation: str,
+    what: str, tables: bool, precision: str,
+) -> Iterator[Configuration]:  # fmt: skip
+    inputs = [embedding[0] if fusion == "sum" else sum(embedding), *[width] * (layers - 1)]
+    meta = [torch.empty(size, device="meta") for size in embedding]
+    weights = tuple(
+        torch.empty(o, i, device="meta") for o, i in zip([*[width] * (layers - 1), outputs], inputs, strict=True)
+    )
+    arguments = Arguments(
+        tuple(e.expand(1 if tables else count, -1) for e in meta), torch.empty(count, len(embedding), device="meta"),
+        weights, weights, None, fusion, activation, precision,
+    )  # fmt: skip
+    config = predict_config(count, width, precision, _MULTIPROCESSORS)
+    element = "*bf16" if config.half else "*fp32"
+    absent = {"prediction": None} if what != "prediction" else {}
+    absent |= {"losses": None} if "loss" not in what else {}
+    absent |= {"targets": None, "element_weights": None} if "loss" not in what else {}
+    absent |= {"grad": None} if what != "backward" else {}
+    absent |= dict.fromkeys(("gradients", "d_output", "backward_weights")) if what in ("prediction", "loss") else {}
+    absent |= {"tables": None} if not tables else {}
+    absent |= {"rows": None} if count > 4096 else {}
+    forms: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
+        (predict_rows_kernel, predict_fused.row_constants(arguments, config), predict_fused.row_options(config)),
+        (
+            predict_prepare_kernel,
+            predict_fused.first_layer_constants(arguments, config) | predict_fused.PREPARE_BLOCKS,
+            predict_fused.PREPARE_OPTIONS,
+        ),
+    ]
+    if "gradients" not in absent:
+        constants = predict_fused.weight_constants(arguments, config)
+        forms.append((predict_weight_gradient_kernel, constants, predict_fused.WEIGHT_OPTIONS))
+    for kernel, constants, options in forms:
+        types = _types(kernel, element, layers, len(embedding)) | {"biases": ("*fp32",) * layers}
+        constants = constants | {name: None for name in absent if name in kernel.arg_names}
+        label = f"{precision} rows={count} H={width} J={len(embedding)} {fusion} K={outputs} {activation} {what}"
+        yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, options)
+
+
+def _layer_configurations(precision: str) -> Iterator[Configuration]:
+    width, outputs, activation = _WIDE
+    element = "*bf16" if precision == "bf16" else "*fp32"
+    exact = "ieee" if precision == "fp32" else "tf32x3"
+    common = {"H": width, "ACTIVATION": activation}
+    rows = {"BLOCK_M": predict_layers.ROWS}
+    forms: list[tuple[Any, dict[str, Any]]] = [
+        (predict_layers.predict_first_kernel, common | rows | {"rows": None}),
+        (predict_layers.predict_activation_kernel, common | {"BLOCK": predict_layers.BLOCK}),
+        (
+            predict_layers.predict_last_kernel,
+            common | rows | {"K": outputs, "BLOCK_OUT": 16, "EXACT": exact, "prediction": None, "grad": None},
+        ),
+        (predict_layers.predict_slope_kernel, common | {"BLOCK": predict_layers.BLOCK}),
+    ]
+    for kernel, constants in forms:
+        types = _types(kernel, element, 5, 3)
+        types |= {"activations": element}
+        label = f"{precision} H={width} {activation}"
+        signature = kernel_signature(kernel, types, constants)
+        yield Configuration(label, kernel, signature, constants, predict_layers.OPTIONS)

@@ -41,13 +41,13 @@ def predict_first_kernel(
     first_layer(activations, slopes, place.to(tl.int64), indices, which, tables, bias, H, H, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["count"])
 def predict_activation_kernel(
-    activations, slopes, bias, total, H: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    activations, slopes, bias, count, H: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """f(z + b) in place, and f'(z + b) where it will be needed."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < total
+    mask = offset < tl.cast(count, tl.int64) * H
     z = tl.load(activations + offset, mask=mask, other=0.0).to(tl.float32) + tl.load(bias + offset % H)
     store_activation(z, activations, slopes, offset, mask, ACTIVATION)
 
@@ -71,11 +71,13 @@ def predict_last_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["total"])
-def predict_slope_kernel(g, activations, gradients, total, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])
+def predict_slope_kernel(
+    g, activations, gradients, count, H: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """dL/dz = g f'(z)."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < total
+    mask = offset < tl.cast(count, tl.int64) * H
     g = tl.load(g + offset, mask=mask, other=0.0).to(tl.float32)
     store_gradient(g, activations, gradients, offset, mask, ACTIVATION)
 
@@ -159,7 +161,7 @@ class _Pass:
             else:  # what the last layer reads is float32
                 torch.mm(x, self.matrices[layer].t(), out_dtype=torch.float32, out=target)
             predict_activation_kernel[(cdiv(target.numel(), BLOCK),)](
-                target, self.slopes(layer), bias, target.numel(),
+                target, self.slopes(layer), bias, count,
                 arguments.width, arguments.activation, BLOCK, **OPTIONS,
             )  # fmt: skip
 
@@ -179,8 +181,8 @@ class _Pass:
             g = self.spare[:count]
             torch.mm(self.gradients[layer + 1, :count], self.matrices[layer + 1], out=g)
             predict_slope_kernel[(cdiv(g.numel(), BLOCK),)](
-                g, self.activations(layer), self.gradients[layer], g.numel(),
-                self.arguments.activation, BLOCK, **OPTIONS,
+                g, self.activations(layer), self.gradients[layer], count,
+                self.arguments.width, self.arguments.activation, BLOCK, **OPTIONS,
             )  # fmt: skip
 
     def add_parameter_gradients(self, start: int, end: int) -> None:

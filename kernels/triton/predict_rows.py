@@ -153,8 +153,8 @@ def last_layer(
         out = tl.zeros([which.shape[0], BLOCK_OUT], tl.float32)
         for k in range(0, STRIDE, 16):
             inputs = k + tl.arange(0, 16)
-            mask = inputs < STRIDE
-            x = tl.load(last + place[:, None] * STRIDE + inputs[None, :], mask=mask[None, :], other=0.0)
+            source = last + place[:, None] * STRIDE + inputs[None, :]
+            x = tl.load(source, mask=(inputs < STRIDE)[None, :], other=0.0)
             mask = (outputs < K)[None, :] & (inputs < H)[:, None]
             w = tl.load(weight + outputs[None, :] * H + inputs[:, None], mask=mask, other=0.0)
             out = tl.dot(x, w, out, input_precision=EXACT)
@@ -162,11 +162,11 @@ def last_layer(
         if prediction is not None:
             tl.store(prediction + row[:, None] * K + outputs[None, :], out, mask=known)
     if targets is not None:
-        source = which[:, None] * K + outputs[None, :]
-        difference = out - tl.load(targets + source, mask=known, other=0.0)
+        element = which[:, None] * K + outputs[None, :]
+        difference = out - tl.load(targets + element, mask=known, other=0.0)
         if element_weights is not None:
-            w = tl.load(element_weights + source, mask=known, other=0.0)
-            d = tl.where(known & (w != 0), 2 * w * difference, 0.0)
+            importance = tl.load(element_weights + element, mask=known, other=0.0)
+            d = tl.where(known & (importance != 0), 2 * importance * difference, 0.0)
         else:
             d = tl.where(known, 2 * difference, 0.0)
         # With d = 0 where the element is left out, 0.5 * d * difference would still be NaN for a target of NaN.
@@ -177,9 +177,9 @@ def last_layer(
         tl.store(d_output + place[:, None] * BLOCK_OUT + outputs[None, :], d)
         for first in range(0, STRIDE, 64):
             columns = first + tl.arange(0, 64)
-            mask = (outputs < K)[:, None] & (columns < H)[None, :]
-            w = tl.load(weight + outputs[:, None] * H + columns[None, :], mask=mask, other=0.0)
-            g = tl.dot(d, w, input_precision=EXACT)
+            real = (outputs < K)[:, None] & (columns < H)[None, :]
+            across = tl.load(weight + outputs[:, None] * H + columns[None, :], mask=real, other=0.0)
+            g = tl.dot(d, across, input_precision=EXACT)
             offset = place[:, None] * STRIDE + columns[None, :]
             store_gradient(g, last, gradients, offset, (columns < STRIDE)[None, :], ACTIVATION)
 
@@ -321,14 +321,6 @@ def _layer_buffer(hidden, last, layer: tl.constexpr, LAYERS: tl.constexpr, size,
         return hidden + layer * size
 
 
-@triton.jit
-def _gradient_buffer(gradients, layer: tl.constexpr, size):
-    if gradients is None:
-        return None
-    else:
-        return gradients + layer * size
-
-
 @triton.jit(do_not_specialize=["start", "end", "tiles", "slots"])
 def predict_rows_kernel(
     prediction,
@@ -385,13 +377,12 @@ def predict_rows_kernel(
         tl.debug_barrier()  # other threads may still read what the last tile left
 
         first = _layer_buffer(hidden, last, 0, LAYERS, size, gradients)
-        first_gradients = _gradient_buffer(gradients, 0, size)
         if tables is not None:
-            first_layer(first, first_gradients, place, indices, which, tables, biases[0], H, STRIDE, ACTIVATION)
+            first_layer(first, gradients, place, indices, which, tables, biases[0], H, STRIDE, ACTIVATION)
         else:
             for p in tl.static_range(len(PASSES) - 1):
                 _coordinate_layer(
-                    first, first_gradients, place, embeddings, indices, which, first_weight, biases[0], H, STRIDE,
+                    first, gradients, place, embeddings, indices, which, first_weight, biases[0], H, STRIDE,
                     OFFSETS, WIDTHS, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION, HALF,
                 )  # fmt: skip
         for layer in tl.static_range(1, LAYERS):
@@ -399,14 +390,14 @@ def predict_rows_kernel(
             for p in tl.static_range(len(PASSES) - 1):
                 _hidden_layer(
                     _layer_buffer(hidden, last, layer, LAYERS, size, gradients),
-                    _gradient_buffer(gradients, layer, size),
+                    None if gradients is None else gradients + layer * size,
                     _layer_buffer(hidden, last, layer - 1, LAYERS, size, gradients),
                     place, forward_weights + (layer - 1) * STRIDE * STRIDE, biases[layer],
                     H, STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
                 )  # fmt: skip
         tl.debug_barrier()
         last_layer(
-            prediction, losses, last, _gradient_buffer(gradients, LAYERS - 1, size), d_output, place,
+            prediction, losses, last, None if gradients is None else gradients + (LAYERS - 1) * size, d_output, place,
             grad, targets, element_weights, which, row, inside, start // BLOCK_M + tile, last_weight, biases[LAYERS],
             H, STRIDE, K, BLOCK_OUT, ACTIVATION, EXACT,
         )  # fmt: skip
@@ -416,8 +407,8 @@ def predict_rows_kernel(
                 for p in tl.static_range(len(PASSES) - 1):
                     _hidden_gradient(
                         _layer_buffer(hidden, last, LAYERS - 2 - i, LAYERS, size, gradients),
-                        _gradient_buffer(gradients, LAYERS - 2 - i, size),
-                        _gradient_buffer(gradients, LAYERS - 1 - i, size),
+                        gradients + (LAYERS - 2 - i) * size,
+                        gradients + (LAYERS - 1 - i) * size,
                         place, backward_weights + (LAYERS - 2 - i) * STRIDE * STRIDE,
                         STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
                     )  # fmt: skip
