@@ -253,7 +253,9 @@ def _fused_configurations(
         constants = predict_fused.weight_constants(arguments, config)
         forms.append((predict_weight_gradient_kernel, constants, predict_fused.WEIGHT_OPTIONS))
     for kernel, constants, options in forms:
-        types = _types(kernel, element, layers, len(embedding)) | {"biases": ("*fp32",) * layers}
+        types = _types(kernel, element, layers, len(embedding))
+        if kernel is predict_prepare_kernel:
+            types["biases"] = ("*fp32",) * (layers - 1)
         constants = constants | {name: None for name in absent if name in kernel.arg_names}
         label = f"{precision} rows={count} H={width} J={len(embedding)} {fusion} K={outputs} {activation} {what}"
         yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, options)

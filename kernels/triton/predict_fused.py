@@ -39,6 +39,7 @@ def row_constants(arguments: Arguments, config: PredictConfig) -> dict[str, Any]
         "PRECISION": config.precision,
         "EXACT": config.exact,
         "HALF": config.half,
+        "LAYERS": arguments.hidden_layers,
     }
 
 
@@ -72,31 +73,33 @@ def row_options(config: PredictConfig) -> dict[str, int]:
 
 def _prepare(
     arguments: Arguments, config: PredictConfig, *, backward: bool
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-    """Hidden matrices, padded, and their transposes; tables of the first layer, or `None` where they do not pay."""
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """Biases and matrices of the hidden layers, padded, and the transposes; tables of the first layer, or `None` where they do not pay."""
     stride, matrices = config.stride, arguments.hidden_layers - 1
+    biases = arguments.empty(arguments.hidden_layers, stride)
     forward_weights = arguments.empty(matrices, stride, stride, dtype=arguments.element)
     backward_weights = arguments.empty(matrices, stride, stride, dtype=arguments.element) if backward else None
     tables = None
     across = cdiv(stride, PREPARE_BLOCKS["BLOCK"])
-    programs = matrices * across**2
+    programs = arguments.hidden_layers + matrices * across**2
     if arguments.factorised:
         tables = tuple(arguments.empty(e.shape[0], stride) for e in arguments.embeddings)
         programs += across * sum(cdiv(e.shape[0], PREPARE_BLOCKS["BLOCK_N"]) for e in arguments.embeddings)
-    if programs:
-        predict_prepare_kernel[(programs,)](
-            forward_weights,
-            backward_weights,
-            tables,
-            arguments.weights[1:-1],
-            arguments.embeddings,
-            tuple(e.shape[0] for e in arguments.embeddings),
-            arguments.weights[0],
-            **first_layer_constants(arguments, config),
-            **PREPARE_BLOCKS,
-            **PREPARE_OPTIONS,
-        )
-    return forward_weights, backward_weights, tables
+    predict_prepare_kernel[(programs,)](
+        biases,
+        forward_weights,
+        backward_weights,
+        tables,
+        arguments.biases[:-1],
+        arguments.weights[1:-1],
+        arguments.embeddings,
+        tuple(e.shape[0] for e in arguments.embeddings),
+        arguments.weights[0],
+        **first_layer_constants(arguments, config),
+        **PREPARE_BLOCKS,
+        **PREPARE_OPTIONS,
+    )
+    return biases, forward_weights, backward_weights, tables
 
 
 def run(arguments: Arguments, wanted: Wanted) -> None:
@@ -120,7 +123,7 @@ def run(arguments: Arguments, wanted: Wanted) -> None:
     gradients = arguments.empty(layers, slots, stride, dtype=element) if keep else None
     d_output = arguments.empty(slots, arguments.block_outputs) if keep else None
     losses = None if wanted.loss is None else arguments.empty(tiles)
-    forward_weights, backward_weights, tables = _prepare(arguments, config, backward=keep)
+    biases, forward_weights, backward_weights, tables = _prepare(arguments, config, backward=keep)
 
     splits, partials = 1, None
     if keep:
@@ -148,8 +151,9 @@ def run(arguments: Arguments, wanted: Wanted) -> None:
             arguments.weights[0],
             forward_weights,
             backward_weights,
+            biases,
             arguments.weights[-1],
-            arguments.biases,
+            arguments.biases[-1],
             first * config.rows,
             arguments.count,
             filled,

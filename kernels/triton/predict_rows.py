@@ -120,9 +120,10 @@ def first_layer(
     H: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """f(sum_j T_j[index_j] + b_1) of the rows `which`, stored in the rows `place`."""
-    for first in range(0, STRIDE, 64):
-        columns = first + tl.arange(0, 64)
-        z = tl.zeros([which.shape[0], 64], tl.float32)
+    BLOCK: tl.constexpr = 64 if which.shape[0] <= 32 else 2048 // which.shape[0]
+    for first in range(0, STRIDE, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        z = tl.zeros([which.shape[0], BLOCK], tl.float32)
         z += tl.load(bias + columns, mask=columns < H, other=0.0)[None, :]
         for j in tl.static_range(len(tables)):
             at = tl.load(indices + which * len(tables) + j).to(tl.int64)
@@ -175,8 +176,9 @@ def last_layer(
         d = tl.load(grad + row[:, None] * K + outputs[None, :], mask=known, other=0.0)
     if gradients is not None:
         tl.store(d_output + place[:, None] * BLOCK_OUT + outputs[None, :], d)
-        for first in range(0, STRIDE, 64):
-            columns = first + tl.arange(0, 64)
+        BLOCK: tl.constexpr = 64 if which.shape[0] <= 32 else 2048 // which.shape[0]
+        for first in range(0, STRIDE, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
             real = (outputs < K)[:, None] & (columns < H)[None, :]
             across = tl.load(weight + outputs[:, None] * H + columns[None, :], mask=real, other=0.0)
             g = tl.dot(d, across, input_precision=EXACT)
@@ -249,31 +251,39 @@ def _coordinate_product(
 
 
 @triton.jit
-def _store_activations(
-    accs, activations, gradients, place, bias, H: tl.constexpr, STRIDE: tl.constexpr, PIECES: tl.constexpr,
-    BEGIN: tl.constexpr, I: tl.constexpr, END: tl.constexpr, ACTIVATION: tl.constexpr,
+def _finish_columns(
+    acc, first: tl.constexpr, activations, gradients, place, bias, STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = PIECES[I]
-    columns = width_of_first(PIECES, I) + tl.arange(0, WIDTH)
-    z = accs[I - BEGIN] + tl.load(bias + columns, mask=columns < H, other=0.0)[None, :]
-    store_activation(z, activations, gradients, place[:, None] * STRIDE + columns[None, :], None, ACTIVATION)
-    if I + 1 < END:
-        _store_activations(
-            accs, activations, gradients, place, bias, H, STRIDE, PIECES, BEGIN, I + 1, END, ACTIVATION
-        )
+    """A layer's activations from z without its bias, or, where there is no bias, dL/dz from dL/da.
+
+    Halved until a thread has few elements at a time: addresses and loads of the whole piece would not fit beside it.
+    """
+    if acc.shape[1] > 16 and acc.shape[0] * acc.shape[1] > 2048:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, HALF]), (0, 2, 1)))
+        _finish_columns(left, first, activations, gradients, place, bias, STRIDE, ACTIVATION)
+        _finish_columns(right, first + HALF, activations, gradients, place, bias, STRIDE, ACTIVATION)
+    else:
+        columns = first + tl.arange(0, acc.shape[1])
+        offset = place[:, None] * STRIDE + columns[None, :]
+        if bias is None:
+            store_gradient(acc, activations, gradients, offset, None, ACTIVATION)
+        else:
+            z = acc + tl.load(bias + columns)[None, :]
+            store_activation(z, activations, gradients, offset, None, ACTIVATION)
 
 
 @triton.jit
-def _store_gradients(
-    accs, activations, gradients, place, STRIDE: tl.constexpr, PIECES: tl.constexpr,
+def _finish(
+    accs, activations, gradients, place, bias, STRIDE: tl.constexpr, PIECES: tl.constexpr,
     BEGIN: tl.constexpr, I: tl.constexpr, END: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = PIECES[I]
-    columns = width_of_first(PIECES, I) + tl.arange(0, WIDTH)
-    offset = place[:, None] * STRIDE + columns[None, :]
-    store_gradient(accs[I - BEGIN], activations, gradients, offset, None, ACTIVATION)
+    _finish_columns(
+        accs[I - BEGIN], width_of_first(PIECES, I), activations, gradients, place, bias, STRIDE, ACTIVATION
+    )
     if I + 1 < END:
-        _store_gradients(accs, activations, gradients, place, STRIDE, PIECES, BEGIN, I + 1, END, ACTIVATION)
+        _finish(accs, activations, gradients, place, bias, STRIDE, PIECES, BEGIN, I + 1, END, ACTIVATION)
 
 
 @triton.jit
@@ -285,40 +295,17 @@ def _coordinate_layer(
     accs = _coordinate_product(
         embeddings, indices, which, weight, H, OFFSETS, WIDTHS, PIECES, BEGIN, END, BLOCK_K, PRECISION, HALF
     )
-    _store_activations(
-        accs, activations, gradients, place, bias, H, STRIDE, PIECES, BEGIN, BEGIN, END, ACTIVATION
-    )
+    _finish(accs, activations, gradients, place, bias, STRIDE, PIECES, BEGIN, BEGIN, END, ACTIVATION)
 
 
 @triton.jit
 def _hidden_layer(
-    activations, gradients, x, place, w, bias, H: tl.constexpr, STRIDE: tl.constexpr, PIECES: tl.constexpr,
+    activations, gradients, x, place, w, bias, STRIDE: tl.constexpr, PIECES: tl.constexpr,
     BEGIN: tl.constexpr, END: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """x w^T, and what becomes of it: see `_finish_columns`."""
     accs = _product(x, w, place, STRIDE, PIECES, BEGIN, END, BLOCK_K, PRECISION)
-    _store_activations(
-        accs, activations, gradients, place, bias, H, STRIDE, PIECES, BEGIN, BEGIN, END, ACTIVATION
-    )
-
-
-@triton.jit
-def _hidden_gradient(
-    activations, gradients, x, place, w, STRIDE: tl.constexpr, PIECES: tl.constexpr,
-    BEGIN: tl.constexpr, END: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    accs = _product(x, w, place, STRIDE, PIECES, BEGIN, END, BLOCK_K, PRECISION)
-    _store_gradients(accs, activations, gradients, place, STRIDE, PIECES, BEGIN, BEGIN, END, ACTIVATION)
-
-
-@triton.jit
-def _layer_buffer(hidden, last, layer: tl.constexpr, LAYERS: tl.constexpr, size, keep):
-    """Where a hidden layer's activations are: one buffer per layer, or two in turn if the backward pass is not due."""
-    if layer == LAYERS - 1:
-        return last
-    elif keep is None:
-        return hidden + (layer % 2) * size
-    else:
-        return hidden + layer * size
+    _finish(accs, activations, gradients, place, bias, STRIDE, PIECES, BEGIN, BEGIN, END, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["start", "end", "tiles", "slots"])
@@ -339,8 +326,9 @@ def predict_rows_kernel(
     first_weight,
     forward_weights,
     backward_weights,
-    last_weight,
     biases,
+    last_weight,
+    last_bias,
     start,
     end,
     tiles,
@@ -359,9 +347,9 @@ def predict_rows_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
     HALF: tl.constexpr,
+    LAYERS: tl.constexpr,
 ):
     """Tiles of rows `[start, end)`: predictions or losses, and, with `gradients`, dL/dz of every layer."""
-    LAYERS: tl.constexpr = len(biases) - 1
     size = tl.cast(slots, tl.int64) * STRIDE
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         lanes = tl.arange(0, BLOCK_M)
@@ -376,39 +364,48 @@ def predict_rows_kernel(
             place = tile * BLOCK_M + lanes
         tl.debug_barrier()  # other threads may still read what the last tile left
 
-        first = _layer_buffer(hidden, last, 0, LAYERS, size, gradients)
+        # Layers are a loop at run time: unrolled, their common addresses would fill the registers from end to end.
+        first = last if LAYERS == 1 else hidden
         if tables is not None:
-            first_layer(first, gradients, place, indices, which, tables, biases[0], H, STRIDE, ACTIVATION)
+            first_layer(first, gradients, place, indices, which, tables, biases, STRIDE, STRIDE, ACTIVATION)
         else:
             for p in tl.static_range(len(PASSES) - 1):
                 _coordinate_layer(
-                    first, gradients, place, embeddings, indices, which, first_weight, biases[0], H, STRIDE,
+                    first, gradients, place, embeddings, indices, which, first_weight, biases, H, STRIDE,
                     OFFSETS, WIDTHS, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION, HALF,
                 )  # fmt: skip
-        for layer in tl.static_range(1, LAYERS):
+        for layer in range(1, LAYERS - 1):
+            tl.debug_barrier()
+            source = hidden + (layer - 1 if gradients is not None else (layer - 1) % 2) * size
+            target = hidden + (layer if gradients is not None else layer % 2) * size
+            for p in tl.static_range(len(PASSES) - 1):
+                _hidden_layer(
+                    target, None if gradients is None else gradients + layer * size, source,
+                    place, forward_weights + (layer - 1) * STRIDE * STRIDE, biases + layer * STRIDE,
+                    STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
+                )  # fmt: skip
+        if LAYERS > 1:
             tl.debug_barrier()
             for p in tl.static_range(len(PASSES) - 1):
                 _hidden_layer(
-                    _layer_buffer(hidden, last, layer, LAYERS, size, gradients),
-                    None if gradients is None else gradients + layer * size,
-                    _layer_buffer(hidden, last, layer - 1, LAYERS, size, gradients),
-                    place, forward_weights + (layer - 1) * STRIDE * STRIDE, biases[layer],
-                    H, STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
+                    last, None if gradients is None else gradients + (LAYERS - 1) * size,
+                    hidden + (LAYERS - 2 if gradients is not None else (LAYERS - 2) % 2) * size,
+                    place, forward_weights + (LAYERS - 2) * STRIDE * STRIDE, biases + (LAYERS - 1) * STRIDE,
+                    STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
                 )  # fmt: skip
         tl.debug_barrier()
         last_layer(
             prediction, losses, last, None if gradients is None else gradients + (LAYERS - 1) * size, d_output, place,
-            grad, targets, element_weights, which, row, inside, start // BLOCK_M + tile, last_weight, biases[LAYERS],
+            grad, targets, element_weights, which, row, inside, start // BLOCK_M + tile, last_weight, last_bias,
             H, STRIDE, K, BLOCK_OUT, ACTIVATION, EXACT,
         )  # fmt: skip
         if gradients is not None:
-            for i in tl.static_range(LAYERS - 1):
+            for i in range(LAYERS - 1):
+                layer = LAYERS - 2 - i
                 tl.debug_barrier()
                 for p in tl.static_range(len(PASSES) - 1):
-                    _hidden_gradient(
-                        _layer_buffer(hidden, last, LAYERS - 2 - i, LAYERS, size, gradients),
-                        gradients + (LAYERS - 2 - i) * size,
-                        gradients + (LAYERS - 1 - i) * size,
-                        place, backward_weights + (LAYERS - 2 - i) * STRIDE * STRIDE,
+                    _hidden_layer(
+                        hidden + layer * size, gradients + layer * size, gradients + (layer + 1) * size,
+                        place, backward_weights + layer * STRIDE * STRIDE, None,
                         STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
                     )  # fmt: skip

@@ -51,9 +51,11 @@ def _table_tile(
 
 @triton.jit
 def predict_prepare_kernel(
+    padded_biases,
     forward_weights,
     backward_weights,
     tables,
+    biases,
     hidden_weights,
     embeddings,
     counts,
@@ -65,10 +67,17 @@ def predict_prepare_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of a hidden matrix, or one tile of a table, per program."""
+    """A bias, a block of a hidden matrix, or a tile of a table, per program."""
     E: tl.constexpr = OFFSETS[len(OFFSETS) - 1] + WIDTHS[len(OFFSETS) - 1]
     ACROSS: tl.constexpr = (STRIDE + BLOCK - 1) // BLOCK
     task = tl.program_id(0)
+    for i in tl.static_range(len(biases)):
+        if task == i:
+            for first in range(0, STRIDE, BLOCK):
+                columns = first + tl.arange(0, BLOCK)
+                bias = tl.load(biases[i] + columns, mask=columns < H, other=0.0)
+                tl.store(padded_biases + i * STRIDE + columns, bias, mask=columns < STRIDE)
+    task -= len(biases)
     for i in tl.static_range(len(hidden_weights)):
         if (task >= 0) & (task < ACROSS * ACROSS):
             backward = None if backward_weights is None else backward_weights + i * STRIDE * STRIDE
