@@ -214,7 +214,10 @@ def _types(kernel: Any, element: str, layers: int, coordinates: int) -> dict[str
     types |= {"tables": ("*fp32",) * coordinates, "counts": ("i32",) * coordinates}
     types |= {"hidden_weights": ("*fp32",) * (layers - 2)}
     types |= dict.fromkeys(
-        ("start", "end", "tiles", "slots", "filled", "chunk", "first_chunk", "splits", "parameters", "count"), "i32"
+        (
+            "start", "end", "tiles", "slots", "stride", "inputs", "width", "filled", "chunk", "first_chunk", "count",
+        ),
+        "i32",
     )
     return types
 

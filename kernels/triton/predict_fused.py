@@ -158,6 +158,8 @@ def run(arguments: Arguments, wanted: Wanted) -> None:
             arguments.count,
             filled,
             slots,
+            stride,
+            arguments.weights[0].shape[1],
             **row_constants(arguments, config),
             **row_options(config),
         )

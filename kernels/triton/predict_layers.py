@@ -27,9 +27,9 @@ BLOCK = 1024
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
-@triton.jit(do_not_specialize=["start", "end"])
+@triton.jit(do_not_specialize=["start", "end", "width"])
 def predict_first_kernel(
-    activations, slopes, indices, rows, tables, bias, start, end,
+    activations, slopes, indices, rows, tables, bias, start, end, width,
     H: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The first layer of rows `[start, end)` from its tables."""
@@ -38,7 +38,7 @@ def predict_first_kernel(
     which = tl.where(which < end, which, 0)
     if rows is not None:
         which = tl.load(rows + which)
-    first_layer(activations, slopes, place.to(tl.int64), indices, which, tables, bias, H, H, ACTIVATION)
+    first_layer(activations, slopes, place.to(tl.int64), indices, which, tables, bias, width, H, H, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -52,9 +52,9 @@ def predict_activation_kernel(
     store_activation(z, activations, slopes, offset, mask, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["start", "end"])
+@triton.jit(do_not_specialize=["start", "end", "width"])
 def predict_last_kernel(
-    prediction, losses, last, gradients, d_output, grad, targets, element_weights, rows, weight, bias, start, end,
+    prediction, losses, last, gradients, d_output, grad, targets, element_weights, rows, weight, bias, start, end, width,
     H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def predict_last_kernel(
         which = tl.load(rows + which)
     last_layer(
         prediction, losses, last, gradients, d_output, place.to(tl.int64), grad, targets, element_weights, which, row,
-        inside, start // BLOCK_M + tl.program_id(0), weight, bias, H, H, K, BLOCK_OUT, ACTIVATION, EXACT,
+        inside, start // BLOCK_M + tl.program_id(0), weight, bias, width, H, H, K, BLOCK_OUT, ACTIVATION, EXACT,
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ class _Pass:
             bias = arguments.biases[layer]
             if layer == 0 and self.tables is not None:
                 predict_first_kernel[(cdiv(count, ROWS),)](
-                    target, self.slopes(0), arguments.indices, arguments.rows, self.tables, bias, start, end,
+                    target, self.slopes(0), arguments.indices, arguments.rows, self.tables, bias, start, end, arguments.width,
                     arguments.width, arguments.activation, ROWS, **OPTIONS,
                 )  # fmt: skip
                 continue
@@ -170,7 +170,7 @@ class _Pass:
         predict_last_kernel[(cdiv(end - start, ROWS),)](
             wanted.prediction, self.losses, self.last, self.slopes(self.layers - 1), self.d_output, wanted.grad,
             wanted.targets, wanted.element_weights, arguments.rows, arguments.weights[-1],
-            arguments.biases[-1], start, end, arguments.width, arguments.outputs, ROWS, arguments.block_outputs,
+            arguments.biases[-1], start, end, arguments.width, arguments.width, arguments.outputs, ROWS, arguments.block_outputs,
             arguments.activation, "ieee" if arguments.precision == "fp32" else "tf32x3", **OPTIONS,
         )  # fmt: skip
 

@@ -116,12 +116,12 @@ def coordinates(embeddings, indices, which, columns, OFFSETS: tl.constexpr, WIDT
 
 @triton.jit
 def first_layer(
-    activations, gradients, place, indices, which, tables, bias,
+    activations, gradients, place, indices, which, tables, bias, stride,
     H: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """f(sum_j T_j[index_j] + b_1) of the rows `which`, stored in the rows `place`."""
     BLOCK: tl.constexpr = 64 if which.shape[0] <= 32 else 2048 // which.shape[0]
-    for first in range(0, STRIDE, BLOCK):
+    for first in range(0, stride, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         z = tl.zeros([which.shape[0], BLOCK], tl.float32)
         z += tl.load(bias + columns, mask=columns < H, other=0.0)[None, :]
@@ -140,7 +140,7 @@ def first_layer(
 @triton.jit
 def last_layer(
     prediction, losses, last, gradients, d_output, place, grad, targets, element_weights, which, row, inside, tile,
-    weight, bias,
+    weight, bias, stride,
     H: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, BLOCK_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def last_layer(
     known = inside[:, None] & (outputs < K)[None, :]
     if grad is None:
         out = tl.zeros([which.shape[0], BLOCK_OUT], tl.float32)
-        for k in range(0, STRIDE, 16):
+        for k in range(0, stride, 16):
             inputs = k + tl.arange(0, 16)
             source = last + place[:, None] * STRIDE + inputs[None, :]
             x = tl.load(source, mask=(inputs < STRIDE)[None, :], other=0.0)
@@ -177,7 +177,7 @@ def last_layer(
     if gradients is not None:
         tl.store(d_output + place[:, None] * BLOCK_OUT + outputs[None, :], d)
         BLOCK: tl.constexpr = 64 if which.shape[0] <= 32 else 2048 // which.shape[0]
-        for first in range(0, STRIDE, BLOCK):
+        for first in range(0, stride, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             real = (outputs < K)[:, None] & (columns < H)[None, :]
             across = tl.load(weight + outputs[:, None] * H + columns[None, :], mask=real, other=0.0)
@@ -222,11 +222,11 @@ def _multiply(
 
 @triton.jit
 def _product(
-    x, w, place, STRIDE: tl.constexpr, PIECES: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
+    x, w, place, stride, STRIDE: tl.constexpr, PIECES: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     accs = _zeros(place, PIECES, BEGIN, END)
-    for k in range(0, STRIDE, BLOCK_K):
+    for k in range(0, stride, BLOCK_K):
         inputs = k + tl.arange(0, BLOCK_K)
         source = x + place[:, None] * STRIDE + inputs[None, :]
         tile = tl.load(source, mask=(inputs < STRIDE)[None, :], other=0.0)
@@ -236,13 +236,13 @@ def _product(
 
 @triton.jit
 def _coordinate_product(
-    embeddings, indices, which, weight, H: tl.constexpr, OFFSETS: tl.constexpr, WIDTHS: tl.constexpr,
+    embeddings, indices, which, weight, inputs, H: tl.constexpr, OFFSETS: tl.constexpr, WIDTHS: tl.constexpr,
     PIECES: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
     E: tl.constexpr = OFFSETS[len(OFFSETS) - 1] + WIDTHS[len(OFFSETS) - 1]
     accs = _zeros(which, PIECES, BEGIN, END)
-    for k in range(0, E, BLOCK_K):
+    for k in range(0, inputs, BLOCK_K):
         x = coordinates(embeddings, indices, which, k + tl.arange(0, BLOCK_K), OFFSETS, WIDTHS)
         if HALF:
             x = x.to(tl.bfloat16)
@@ -288,27 +288,27 @@ def _finish(
 
 @triton.jit
 def _coordinate_layer(
-    activations, gradients, place, embeddings, indices, which, weight, bias, H: tl.constexpr, STRIDE: tl.constexpr,
+    activations, gradients, place, embeddings, indices, which, weight, bias, inputs, H: tl.constexpr, STRIDE: tl.constexpr,
     OFFSETS: tl.constexpr, WIDTHS: tl.constexpr, PIECES: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     accs = _coordinate_product(
-        embeddings, indices, which, weight, H, OFFSETS, WIDTHS, PIECES, BEGIN, END, BLOCK_K, PRECISION, HALF
+        embeddings, indices, which, weight, inputs, H, OFFSETS, WIDTHS, PIECES, BEGIN, END, BLOCK_K, PRECISION, HALF
     )
     _finish(accs, activations, gradients, place, bias, STRIDE, PIECES, BEGIN, BEGIN, END, ACTIVATION)
 
 
 @triton.jit
 def _hidden_layer(
-    activations, gradients, x, place, w, bias, STRIDE: tl.constexpr, PIECES: tl.constexpr,
+    activations, gradients, x, place, w, bias, stride, STRIDE: tl.constexpr, PIECES: tl.constexpr,
     BEGIN: tl.constexpr, END: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x w^T, and what becomes of it: see `_finish_columns`."""
-    accs = _product(x, w, place, STRIDE, PIECES, BEGIN, END, BLOCK_K, PRECISION)
+    accs = _product(x, w, place, stride, STRIDE, PIECES, BEGIN, END, BLOCK_K, PRECISION)
     _finish(accs, activations, gradients, place, bias, STRIDE, PIECES, BEGIN, BEGIN, END, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["start", "end", "tiles", "slots"])
+@triton.jit(do_not_specialize=["start", "end", "tiles", "slots", "stride", "inputs"])
 def predict_rows_kernel(
     prediction,
     losses,
@@ -333,6 +333,8 @@ def predict_rows_kernel(
     end,
     tiles,
     slots,
+    stride,
+    inputs,
     H: tl.constexpr,
     STRIDE: tl.constexpr,
     K: tl.constexpr,
@@ -364,14 +366,15 @@ def predict_rows_kernel(
             place = tile * BLOCK_M + lanes
         tl.debug_barrier()  # other threads may still read what the last tile left
 
-        # Layers are a loop at run time: unrolled, their common addresses would fill the registers from end to end.
+        # Layers are a loop at run time, and `stride` and `inputs` bound its loops at run time though they are known:
+        # unrolled, the addresses of all steps would be computed ahead and fill the registers from end to end.
         first = last if LAYERS == 1 else hidden
         if tables is not None:
-            first_layer(first, gradients, place, indices, which, tables, biases, STRIDE, STRIDE, ACTIVATION)
+            first_layer(first, gradients, place, indices, which, tables, biases, stride, STRIDE, STRIDE, ACTIVATION)
         else:
             for p in tl.static_range(len(PASSES) - 1):
                 _coordinate_layer(
-                    first, gradients, place, embeddings, indices, which, first_weight, biases, H, STRIDE,
+                    first, gradients, place, embeddings, indices, which, first_weight, biases, inputs, H, STRIDE,
                     OFFSETS, WIDTHS, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION, HALF,
                 )  # fmt: skip
         for layer in range(1, LAYERS - 1):
@@ -381,7 +384,7 @@ def predict_rows_kernel(
             for p in tl.static_range(len(PASSES) - 1):
                 _hidden_layer(
                     target, None if gradients is None else gradients + layer * size, source,
-                    place, forward_weights + (layer - 1) * STRIDE * STRIDE, biases + layer * STRIDE,
+                    place, forward_weights + (layer - 1) * STRIDE * STRIDE, biases + layer * STRIDE, stride,
                     STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
                 )  # fmt: skip
         if LAYERS > 1:
@@ -390,13 +393,13 @@ def predict_rows_kernel(
                 _hidden_layer(
                     last, None if gradients is None else gradients + (LAYERS - 1) * size,
                     hidden + (LAYERS - 2 if gradients is not None else (LAYERS - 2) % 2) * size,
-                    place, forward_weights + (LAYERS - 2) * STRIDE * STRIDE, biases + (LAYERS - 1) * STRIDE,
+                    place, forward_weights + (LAYERS - 2) * STRIDE * STRIDE, biases + (LAYERS - 1) * STRIDE, stride,
                     STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
                 )  # fmt: skip
         tl.debug_barrier()
         last_layer(
             prediction, losses, last, None if gradients is None else gradients + (LAYERS - 1) * size, d_output, place,
-            grad, targets, element_weights, which, row, inside, start // BLOCK_M + tile, last_weight, last_bias,
+            grad, targets, element_weights, which, row, inside, start // BLOCK_M + tile, last_weight, last_bias, stride,
             H, STRIDE, K, BLOCK_OUT, ACTIVATION, EXACT,
         )  # fmt: skip
         if gradients is not None:
@@ -406,6 +409,6 @@ def predict_rows_kernel(
                 for p in tl.static_range(len(PASSES) - 1):
                     _hidden_layer(
                         hidden + layer * size, gradients + layer * size, gradients + (layer + 1) * size,
-                        place, backward_weights + layer * STRIDE * STRIDE, None,
+                        place, backward_weights + layer * STRIDE * STRIDE, None, stride,
                         STRIDE, PIECES, PASSES[p], PASSES[p + 1], ACTIVATION, BLOCK_K, PRECISION,
                     )  # fmt: skip
