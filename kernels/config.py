@@ -214,17 +214,22 @@ def predict_config(rows: int, width: int, precision: str, multiprocessors: int) 
     stride = cdiv(width, DOT_MINIMUM) * DOT_MINIMUM
     exact = precision == "fp32"
     # Long tiles read the matrices less often, short ones keep every multiprocessor busy.
-    largest = 64 if exact else 128
+    largest = 64 if exact or stride > 256 else 128
     tile = max(DOT_MINIMUM, min(largest, next_power_of_2(cdiv(rows, multiprocessors))))
-    warps = 4 if tile <= 32 and stride <= 256 else 8
-    # Without tensor cores a product holds rows of its operands in registers beside the accumulators.
-    accumulators = (64 if exact else 144) * 32 * warps
-    # A piece leaves through shared memory: 64 KiB at most.
-    pieces = _pieces(stride, min(256, 16384 // tile))
+    warps = 4 if tile <= 32 and stride <= (128 if precision == "tf32" else 256) else 8
+    # Columns per pass: as many as leave registers for the operands, which float32 without tensor cores, and short
+    # tiles, hold there. A piece leaves through shared memory, 64 KiB at most.
+    if exact:
+        largest_piece, most = 128, 192 if tile <= 32 else 128
+    elif tile <= 32:
+        largest_piece, most = 256, 256
+    else:
+        largest_piece, most = 16384 // tile, {"tf32": 16384, "bf16": 24576}[precision] // tile
+    pieces = _pieces(stride, largest_piece)
     return PredictConfig(
         stride,
         pieces,
-        _passes(pieces, accumulators // tile),
+        _passes(pieces, most),
         tile,
         32 if precision == "bf16" else 16,
         64,

@@ -360,10 +360,8 @@ def predict_rows_kernel(
         which = tl.where(inside, row, 0)
         if rows is not None:
             which = tl.load(rows + which)
-        if gradients is None:  # the workspace is this program's own
-            place = tl.program_id(0) * BLOCK_M + lanes
-        else:
-            place = tile * BLOCK_M + lanes
+        # Without gradients the workspace is this program's own. (The remainder is its index; the compiler need not know.)
+        place = (tile % tl.num_programs(0) if gradients is None else tile) * BLOCK_M + lanes
         tl.debug_barrier()  # other threads may still read what the last tile left
 
         # Layers are a loop at run time, and `stride` and `inputs` bound its loops at run time though they are known:
