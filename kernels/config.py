@@ -213,30 +213,31 @@ def predict_config(rows: int, width: int, precision: str, multiprocessors: int) 
     """Block sizes for `rows` rows of hidden width `width` on so many multiprocessors."""
     stride = cdiv(width, DOT_MINIMUM) * DOT_MINIMUM
     exact = precision == "fp32"
+    half = precision == "bf16"
     # Long tiles read the matrices less often, short ones keep every multiprocessor busy.
-    largest = 64 if exact or stride > 256 else 128
+    largest = 128 if not exact and stride <= 256 else 64
     tile = max(DOT_MINIMUM, min(largest, next_power_of_2(cdiv(rows, multiprocessors))))
-    warps = 4 if tile <= 32 and stride <= (128 if precision == "tf32" else 256) else 8
+    warps = 4 if tile <= 32 and stride <= (256 if half else 128) else 8
     # Columns per pass: as many as leave registers for the operands, which float32 without tensor cores, and short
     # tiles, hold there. A piece leaves through shared memory, 64 KiB at most.
     if exact:
         largest_piece, most = 128, 192 if tile <= 32 else 128
     elif tile <= 32:
-        largest_piece, most = 256, 256
+        largest_piece, most = 256, 256 if half else 128
     else:
-        largest_piece, most = 16384 // tile, {"tf32": 16384, "bf16": 24576}[precision] // tile
-    pieces = _pieces(stride, largest_piece)
+        largest_piece, most = 16384 // tile, (24576 if half else 16384) // tile
+    pieces = _pieces(stride, min(largest_piece, most))
     return PredictConfig(
         stride,
         pieces,
         _passes(pieces, most),
         tile,
-        32 if precision == "bf16" else 16,
+        32 if half else 16,
         64,
         warps,
         "ieee" if exact else "tf32",
         "ieee" if exact else "tf32x3",
-        precision == "bf16",
+        half,
     )
 
 

@@ -188,7 +188,7 @@ _SHIPPED: tuple[tuple[int, int, tuple[int, ...], str, int, int, str, str, bool],
     (94256, 512, (80, 80, 80), "concat", 5, 9, "hardswish", "loss and gradient", True),
     (29744, 48, (80, 80, 80), "concat", 4, 49, "relu", "loss and gradient", True),
     (94256, 280, (80, 80, 80), "concat", 5, 9, "relu6", "prediction", True),
-    (94256, 280, (80, 80, 80), "concat", 5, 9, "relu", "loss", True),
+    (29744, 140, (80, 80, 80), "concat", 5, 9, "relu", "loss", True),
 )
 _MULTIPROCESSORS = 132
 _WIDE = (1024, 9, "relu")
@@ -247,12 +247,10 @@ def _fused_configurations(
     absent |= {"rows": None} if count > 4096 else {}
     forms: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (predict_rows_kernel, predict_fused.row_constants(arguments, config), predict_fused.row_options(config)),
-        (
-            predict_prepare_kernel,
-            predict_fused.first_layer_constants(arguments, config) | predict_fused.PREPARE_BLOCKS,
-            predict_fused.PREPARE_OPTIONS,
-        ),
     ]
+    if layers > 2 and precision != "tf32":  # which is prepared as "fp32" is
+        constants = predict_fused.first_layer_constants(arguments, config) | predict_fused.PREPARE_BLOCKS
+        forms.append((predict_prepare_kernel, constants, predict_fused.PREPARE_OPTIONS))
     if "gradients" not in absent:
         constants = predict_fused.weight_constants(arguments, config)
         forms.append((predict_weight_gradient_kernel, constants, predict_fused.WEIGHT_OPTIONS))

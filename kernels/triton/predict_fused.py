@@ -74,7 +74,7 @@ def row_options(config: PredictConfig) -> dict[str, int]:
 def _prepare(
     arguments: Arguments, config: PredictConfig, *, backward: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-    """Biases and matrices of the hidden layers, padded, and the transposes; tables of the first layer, or `None` where they do not pay."""
+    """Biases, matrices, transposes, all padded, and tables of the first layer (`None` where they do not pay)."""
     stride, matrices = config.stride, arguments.hidden_layers - 1
     biases = arguments.empty(arguments.hidden_layers, stride)
     forward_weights = arguments.empty(matrices, stride, stride, dtype=arguments.element)

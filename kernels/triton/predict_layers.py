@@ -54,7 +54,8 @@ def predict_activation_kernel(
 
 @triton.jit(do_not_specialize=["start", "end", "width"])
 def predict_last_kernel(
-    prediction, losses, last, gradients, d_output, grad, targets, element_weights, rows, weight, bias, start, end, width,
+    prediction, losses, last, gradients, d_output, grad, targets, element_weights, rows, weight, bias, start, end,
+    width,
     H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -151,8 +152,8 @@ class _Pass:
             bias = arguments.biases[layer]
             if layer == 0 and self.tables is not None:
                 predict_first_kernel[(cdiv(count, ROWS),)](
-                    target, self.slopes(0), arguments.indices, arguments.rows, self.tables, bias, start, end, arguments.width,
-                    arguments.width, arguments.activation, ROWS, **OPTIONS,
+                    target, self.slopes(0), arguments.indices, arguments.rows, self.tables, bias, start, end,
+                    arguments.width, arguments.width, arguments.activation, ROWS, **OPTIONS,
                 )  # fmt: skip
                 continue
             x = self.activations(layer - 1)[:count] if layer else _coordinates(arguments, start, end)
@@ -170,8 +171,9 @@ class _Pass:
         predict_last_kernel[(cdiv(end - start, ROWS),)](
             wanted.prediction, self.losses, self.last, self.slopes(self.layers - 1), self.d_output, wanted.grad,
             wanted.targets, wanted.element_weights, arguments.rows, arguments.weights[-1],
-            arguments.biases[-1], start, end, arguments.width, arguments.width, arguments.outputs, ROWS, arguments.block_outputs,
-            arguments.activation, "ieee" if arguments.precision == "fp32" else "tf32x3", **OPTIONS,
+            arguments.biases[-1], start, end, arguments.width, arguments.width, arguments.outputs, ROWS,
+            arguments.block_outputs, arguments.activation,
+            "ieee" if arguments.precision == "fp32" else "tf32x3", **OPTIONS,
         )  # fmt: skip
 
     def backward(self, start: int, end: int) -> None:

@@ -83,7 +83,7 @@ def slope_of_output(a, ACTIVATION: tl.constexpr):
 def store_activation(z, activations, gradients, offset, mask, ACTIVATION: tl.constexpr):
     """f(z), and f'(z) where the gradient will be, if the backward pass could not tell it from f(z)."""
     tl.store(activations + offset, activate(z, ACTIVATION), mask=mask)
-    if gradients is not None:
+    if gradients is not None:  # noqa: SIM102 - known when compiled
         if stores_slope(ACTIVATION):
             tl.store(gradients + offset, slope_of_input(z, ACTIVATION), mask=mask)
 
@@ -187,37 +187,37 @@ def last_layer(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products with a tuple of accumulators: pieces I to END of the columns
+# Products with a tuple of accumulators: pieces AT to END of the columns
 
 
 @triton.jit
-def _zeros(rows, PIECES: tl.constexpr, I: tl.constexpr, END: tl.constexpr):
-    WIDTH: tl.constexpr = PIECES[I]
+def _zeros(rows, PIECES: tl.constexpr, AT: tl.constexpr, END: tl.constexpr):
+    WIDTH: tl.constexpr = PIECES[AT]
     acc = tl.zeros([rows.shape[0], WIDTH], tl.float32)
-    if I + 1 == END:
+    if AT + 1 == END:
         return (acc,)
     else:
-        return (acc,) + _zeros(rows, PIECES, I + 1, END)  # noqa: RUF005
+        return (acc,) + _zeros(rows, PIECES, AT + 1, END)  # noqa: RUF005
 
 
 @triton.jit
 def _multiply(
-    accs, x, w, k, LIMIT: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, BEGIN: tl.constexpr, I: tl.constexpr,
+    accs, x, w, k, LIMIT: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, BEGIN: tl.constexpr, AT: tl.constexpr,
     END: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """accs[i][r, n] + sum_k x[r, k] w[n, k]; w has LIMIT rows of K."""
-    WIDTH: tl.constexpr = PIECES[I]
-    columns = width_of_first(PIECES, I) + tl.arange(0, WIDTH)
+    WIDTH: tl.constexpr = PIECES[AT]
+    columns = width_of_first(PIECES, AT) + tl.arange(0, WIDTH)
     inputs = k + tl.arange(0, x.shape[1])
     mask = (inputs < K)[:, None]
-    if LIMIT < width_of_first(PIECES, len(PIECES)):
+    if width_of_first(PIECES, len(PIECES)) > LIMIT:
         mask = mask & (columns < LIMIT)[None, :]
     tile = tl.load(w + columns[None, :] * K + inputs[:, None], mask=mask, other=0.0)
-    acc = tl.dot(x, tile.to(x.dtype), accs[I - BEGIN], input_precision=PRECISION)
-    if I + 1 == END:
+    acc = tl.dot(x, tile.to(x.dtype), accs[AT - BEGIN], input_precision=PRECISION)
+    if AT + 1 == END:
         return (acc,)
     else:
-        return (acc,) + _multiply(accs, x, w, k, LIMIT, K, PIECES, BEGIN, I + 1, END, PRECISION)  # noqa: RUF005
+        return (acc,) + _multiply(accs, x, w, k, LIMIT, K, PIECES, BEGIN, AT + 1, END, PRECISION)  # noqa: RUF005
 
 
 @triton.jit
@@ -277,20 +277,20 @@ def _finish_columns(
 @triton.jit
 def _finish(
     accs, activations, gradients, place, bias, STRIDE: tl.constexpr, PIECES: tl.constexpr,
-    BEGIN: tl.constexpr, I: tl.constexpr, END: tl.constexpr, ACTIVATION: tl.constexpr,
+    BEGIN: tl.constexpr, AT: tl.constexpr, END: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     _finish_columns(
-        accs[I - BEGIN], width_of_first(PIECES, I), activations, gradients, place, bias, STRIDE, ACTIVATION
+        accs[AT - BEGIN], width_of_first(PIECES, AT), activations, gradients, place, bias, STRIDE, ACTIVATION
     )
-    if I + 1 < END:
-        _finish(accs, activations, gradients, place, bias, STRIDE, PIECES, BEGIN, I + 1, END, ACTIVATION)
+    if AT + 1 < END:
+        _finish(accs, activations, gradients, place, bias, STRIDE, PIECES, BEGIN, AT + 1, END, ACTIVATION)
 
 
 @triton.jit
 def _coordinate_layer(
-    activations, gradients, place, embeddings, indices, which, weight, bias, inputs, H: tl.constexpr, STRIDE: tl.constexpr,
-    OFFSETS: tl.constexpr, WIDTHS: tl.constexpr, PIECES: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
+    activations, gradients, place, embeddings, indices, which, weight, bias, inputs, H: tl.constexpr,
+    STRIDE: tl.constexpr, OFFSETS: tl.constexpr, WIDTHS: tl.constexpr, PIECES: tl.constexpr, BEGIN: tl.constexpr,
+    END: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     accs = _coordinate_product(
         embeddings, indices, which, weight, inputs, H, OFFSETS, WIDTHS, PIECES, BEGIN, END, BLOCK_K, PRECISION, HALF
@@ -360,7 +360,8 @@ def predict_rows_kernel(
         which = tl.where(inside, row, 0)
         if rows is not None:
             which = tl.load(rows + which)
-        # Without gradients the workspace is this program's own. (The remainder is its index; the compiler need not know.)
+        # Without gradients the workspace is this program's own. The remainder is its index, and the compiler does not
+        # know it: it would compute all addresses ahead of the loop.
         place = (tile % tl.num_programs(0) if gradients is None else tile) * BLOCK_M + lanes
         tl.debug_barrier()  # other threads may still read what the last tile left
 

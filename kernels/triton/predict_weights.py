@@ -97,8 +97,8 @@ def predict_prepare_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# After: dW = sum over rows of dz x^T, db = sum of dz. Every tile belongs to one program of each split of the rows, which
-# adds to its own partial buffer chunk after chunk; the splits are added in their order at the end.
+# After: dW = sum over rows of dz x^T, db = sum of dz. Every tile belongs to one program of each split of the rows,
+# which adds to its own partial buffer chunk after chunk; the splits are added in their order at the end.
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def predict_reduce_kernel(gradient, partials, loss, losses, splits, parameters, 
         for split in range(splits):
             acc += tl.load(partials + tl.cast(split, tl.int64) * parameters + p, mask=p < parameters, other=0.0)
         tl.store(gradient + p, acc, mask=p < parameters)
-    if losses is not None:
+    if losses is not None:  # noqa: SIM102 - known when compiled, the other is not
         if tl.program_id(0) == tl.num_programs(0) - 1:
             acc = tl.zeros([BLOCK], tl.float32)
             for first in range(0, tiles, BLOCK):
