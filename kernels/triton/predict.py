@@ -205,9 +205,8 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
         types |= dict.fromkeys(("splits", "parameters", "tiles"), "i32")
         constants = {"BLOCK": predict_fused.REDUCE_BLOCK}
         signature = kernel_signature(predict_reduce_kernel, types, constants)
-        yield Configuration(
-            "any number of parameters, align=1 ", predict_reduce_kernel, signature, constants, predict_fused.REDUCE_OPTIONS
-        )
+        label = "any number of parameters, align=1 "
+        yield Configuration(label, predict_reduce_kernel, signature, constants, predict_fused.REDUCE_OPTIONS)
 
 
 def _types(kernel: Any, element: str, layers: int, coordinates: int) -> dict[str, Any]:
