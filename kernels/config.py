@@ -163,6 +163,84 @@ def partition_rows(rows: int, config: GenerateConfig, device: torch.device) -> R
     return RowPartition(cdiv(rows, chunk), chunk)
 
 
+@dataclass(frozen=True)
+class PredictConfig:
+    """Block sizes of the predict kernels.
+
+    Attributes:
+        stride: the hidden width, padded; columns of a row in the workspace.
+        pieces: powers of two that add up to `stride`: the accumulators of a tile of rows.
+        passes: where each pass over the columns begins, as an index of `pieces`, and the end.
+        rows: rows of a tile.
+        inner: columns that a step of a product multiplies.
+        block: side of a tile of a weight gradient.
+        warps: of the row kernel.
+        precision: Triton's name for how float32 operands of the hidden products are multiplied.
+        exact: the same for the last layer.
+        half: the hidden products have bfloat16 operands.
+    """
+
+    stride: int
+    pieces: tuple[int, ...]
+    passes: tuple[int, ...]
+    rows: int
+    inner: int
+    block: int
+    warps: int
+    precision: str
+    exact: str
+    half: bool
+
+
+def _pieces(width: int, largest: int) -> tuple[int, ...]:
+    """`width`, a multiple of 16, as powers of two, the large ones first."""
+    whole, rest = divmod(width, largest)
+    return (largest,) * whole + tuple(1 << bit for bit in reversed(range(4, rest.bit_length())) if rest >> bit & 1)
+
+
+def _passes(pieces: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Consecutive pieces in groups of at most `most` columns."""
+    starts, columns = [0], 0
+    for index, piece in enumerate(pieces):
+        if columns and columns + piece > most:
+            starts.append(index)
+            columns = 0
+        columns += piece
+    return (*starts, len(pieces))
+
+
+def predict_config(rows: int, width: int, precision: str, multiprocessors: int) -> PredictConfig:
+    """Block sizes for `rows` rows of hidden width `width` on so many multiprocessors."""
+    stride = cdiv(width, DOT_MINIMUM) * DOT_MINIMUM
+    exact = precision == "fp32"
+    half = precision == "bf16"
+    # Long tiles read the matrices less often, short ones keep every multiprocessor busy.
+    largest = 128 if not exact and stride <= 256 else 64
+    tile = max(DOT_MINIMUM, min(largest, next_power_of_2(cdiv(rows, multiprocessors))))
+    warps = 4 if tile <= 32 and stride <= (256 if half else 128) else 8
+    # Columns per pass: as many as leave registers for the operands, which float32 without tensor cores, and short
+    # tiles, hold there. A piece leaves through shared memory, 64 KiB at most.
+    if exact:
+        largest_piece, most = 128, 192 if tile <= 32 else 128
+    elif tile <= 32:
+        largest_piece, most = 256, 256 if half else 128
+    else:
+        largest_piece, most = 16384 // tile, (24576 if half else 16384) // tile
+    pieces = _pieces(stride, min(largest_piece, most))
+    return PredictConfig(
+        stride,
+        pieces,
+        _passes(pieces, most),
+        tile,
+        32 if half else 16,
+        64,
+        warps,
+        "ieee" if exact else "tf32",
+        "ieee" if exact else "tf32x3",
+        half,
+    )
+
+
 class Tickets:
     """Counters for "the last program to finish reduces": int32 zeros that every launch leaves zero.
 
