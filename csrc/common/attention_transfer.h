@@ -167,11 +167,15 @@ HF_BODY void attention_backward_item(Block& block, const AttentionParams& p, int
   const A scale = static_cast<const A*>(p.grad)[index];
   const bool channels_last = tap.student.channels_last;
   const int64_t rows = channels_last ? n : channels, length = channels_last ? channels : n;
+  // In the forward pass the next sample's teacher is on its way while this one's gradient is written.
+  const T* next = static_cast<const T*>(tap.teacher.data);
+  if (next) next += (sample + 1) * tap.teacher.channels * n;
   block.partition(0, rows, [&](int64_t row, auto& lanes) {
     const T* x = map + row * length;
     T* out = gradient + row * length;
     const A uniform = channels_last ? scale * coefficients[row] : scale;
     lanes.for_each(length, [&](auto i) {
+      if (next) lanes.prefetch(next + row * length, i);
       auto value = power_slope<P>(lanes, lanes.load_in_order(x, i)) * uniform;
       if (!channels_last) value = value * lanes.load(coefficients, i);
       if (p.stream) lanes.stream(out, i, value); else lanes.store(out, i, value);

@@ -14,7 +14,7 @@ void forward(const AttentionParams& p, int threads) {
   {
     Block<A> block;
     Scratch<A> scratch(attention_scratch(p, block.lane_groups()));
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t item = 0; item < p.items; ++item) {
       attention_item<P, T>(block, p, item, scratch.data());
       if (p.grad) attention_backward_item<P, T>(block, p, item);  // the sample is still in the cache

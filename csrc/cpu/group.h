@@ -12,6 +12,7 @@
 //          sums(n, totals, f)        several sums at once, totals[r] of f(r, i)
 //          load / store              one vector, converted to the accumulator type
 //          load_in_order             load() from memory that is read from end to end
+//          prefetch                  asks for a vector that will be read later
 //          stream                    store() of what will not be read soon
 //          abs / sign / sqrt         of one vector
 //          once(f)                   f() by one of the lanes
@@ -264,6 +265,10 @@ struct Lanes {
   HF_INLINE Vector<A, N> load_in_order(const T* p, Positions<N> i) const {
     if constexpr (N > 1) __builtin_prefetch(reinterpret_cast<const char*>(p + i.at) + kPrefetchBytes);
     return load(p, i);
+  }
+  template <class T, int N>
+  HF_INLINE void prefetch(const T* p, Positions<N> i) const {
+    if constexpr (N > 1) __builtin_prefetch(p + i.at, 0, 2);
   }
   template <class T, int N>
   HF_INLINE void store(T* p, Positions<N> i, Vector<A, N> v) const { store_as<A, N>(p + i.at, v); }

@@ -137,6 +137,8 @@ struct Lanes {
     return load(p, i);
   }
   template <class T, int N>
+  __device__ void prefetch(const T*, Positions<N>) const {}  // other warps are reading meanwhile
+  template <class T, int N>
   __device__ void store(T* p, Positions<N> i, const Vector<A, N>& v) const {
     Packed<T, N> packed;
     HF_UNROLL
