@@ -151,7 +151,8 @@ class Dispatcher:
                 for explanation in _listening:
                     explanation.decisions.append(Decision(self.operation, implementation.backend, tuple(refused)))
                 return implementation
-            refused.append((implementation.backend, reason))
+            if (implementation.backend, reason) not in refused:  # two of one family may say the same
+                refused.append((implementation.backend, reason))
         if not refused:
             refused.append((wanted, "there is no such implementation of this operation"))
         reasons = "; ".join(f"{backend.value}: {reason}" for backend, reason in refused)

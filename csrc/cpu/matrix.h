@@ -167,10 +167,10 @@ HF_INLINE int64_t packed_size(int64_t depth, int64_t columns) {
   return (depth + M::kDepth - 1) / M::kDepth * round_up(columns, kLanes<typename M::Acc>);
 }
 
-template <class M, int R, int N, class F>
-HF_INLINE void multiply_block(int64_t steps, const typename M::Word* a, int64_t a_row, int64_t a_step,
-                              const typename M::Word* b, int64_t b_step, F finish) {
-  typename M::V sum[R][N] = {};
+// sum[i][v] += the products of row i of A and vector v of B.
+template <class M, int R, int N>
+HF_INLINE void multiply_steps(int64_t steps, const typename M::Word* a, int64_t a_row, int64_t a_step,
+                              const typename M::Word* b, int64_t b_step, typename M::V (&sum)[R][N]) {
 #pragma GCC unroll 2
   for (int64_t step = 0; step < steps; ++step) {
     typename M::Words right[N];
@@ -186,6 +186,30 @@ HF_INLINE void multiply_block(int64_t steps, const typename M::Word* a, int64_t 
     a += a_step;
     b += b_step;
   }
+}
+
+// The same behind a call: with its surroundings in scope, 16 registers are too few for the sums.
+template <class M, int R, int N>
+__attribute__((noinline)) void multiply_apart(int64_t steps, const typename M::Word* a, int64_t a_row, int64_t a_step,
+                                              const typename M::Word* b, int64_t b_step, typename M::V (&found)[R][N]) {
+  typename M::V sum[R][N] = {};
+  multiply_steps<M>(steps, a, a_row, a_step, b, b_step, sum);
+  HF_UNROLL
+  for (int i = 0; i < R; ++i) {
+    HF_UNROLL
+    for (int v = 0; v < N; ++v) found[i][v] = sum[i][v];
+  }
+}
+
+template <class M, int R, int N, class F>
+HF_INLINE void multiply_block(int64_t steps, const typename M::Word* a, int64_t a_row, int64_t a_step,
+                              const typename M::Word* b, int64_t b_step, F finish) {
+  typename M::V sum[R][N] = {};
+#if defined(__AVX512F__)
+  multiply_steps<M>(steps, a, a_row, a_step, b, b_step, sum);
+#else
+  multiply_apart<M>(steps, a, a_row, a_step, b, b_step, sum);
+#endif
   finish(sum);
 }
 
