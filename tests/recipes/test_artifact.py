@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from collections.abc import Callable
@@ -224,16 +225,6 @@ def test_ratios_of_shortcut_b_are_against_covered_weights() -> None:
 # Training for int8
 
 
-def _trained(steps: int = 300) -> tuple[Artifact, Tensor]:
-    made = _artifact(hidden=16)
-    state = _network().state_dict()
-    # Smooth targets, which the small predictor fits well enough for the rounding to show.
-    targets = torch.sin(made.coverage.coordinates().float() @ torch.rand(3, 9) / 2)
-    assert made.coverage.gather(state).shape == targets.shape
-    _fit(made.predictor, targets, steps, 1e-2)
-    return made, targets
-
-
 def _fit(predictor: WeightPredictor, targets: Tensor, steps: int, lr: float) -> None:
     optimizer = Ranger(predictor.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -256,22 +247,26 @@ def _stored_as_int8(made: Artifact, path: Path) -> WeightPredictor:
 
 
 def test_training_for_int8_lowers_its_error(tmp_path: Path) -> None:
-    made, targets = _trained()
-    exact, rounded = _rmse(made.predictor, targets), _rmse(_stored_as_int8(made, tmp_path / "a"), targets)
+    made = _artifact(hidden=32)
+    # Smooth targets, which so small a predictor fits well enough for the rounding to show.
+    targets = torch.sin(made.coverage.coordinates() / 30 @ torch.rand(3, 9))
+    _fit(made.predictor, targets, 600, 1e-2)
+    control = copy.deepcopy(made)
+    _fit(control.predictor, targets, 150, 1e-3)
+    exact, rounded = _rmse(control.predictor, targets), _rmse(_stored_as_int8(control, tmp_path / "a"), targets)
     parameters = [id(parameter) for parameter in made.predictor.parameters()]
-    before = made.predictor.weights[1].clone()
+    at_first = _rmse(_stored_as_int8(made, tmp_path / "b"), targets)
     with fake_quantized(made.predictor) as predictor:
         assert predictor is made.predictor
-        assert _rmse(predictor, targets) == rounded
-        _fit(predictor, targets, 100, 1e-3)
+        assert _rmse(predictor, targets) == at_first
+        _fit(predictor, targets, 150, 1e-3)
         inside = _rmse(predictor, targets)
     # The same ones in the same order, which is what an optimiser's state goes by.
     assert [id(parameter) for parameter in made.predictor.parameters()] == parameters
-    assert not torch.equal(made.predictor.weights[1], before)
     again = _rmse(_stored_as_int8(made, tmp_path / "b"), targets)
     assert again == inside
-    # At least half of what rounding had cost is won back.
-    assert exact < rounded and again < rounded - 0.5 * (rounded - exact)
+    # Of what rounding costs after as many ordinary steps, 29 to 40 % remains over four seeds.
+    assert again - exact < 0.6 * (rounded - exact)
 
 
 def test_the_matrices_come_back_after_an_error() -> None:
