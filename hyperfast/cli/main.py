@@ -36,6 +36,8 @@ _COMMANDS = {
     "train": _Command("train", "Train", "train a network on labels, as it is or with generated weights"),
     "distill": _Command("distill", "Distill", "train a student with generated weights, helped by a teacher"),
     "export": _Command("export", "Export", "bake generated weights: safetensors, torch.export or ONNX"),
+    "reconstruct": _Command("reconstruct", "Reconstruct", "an ordinary network from a compressed one"),
+    "analyze": _Command("analyze", "Analyze", "compare a network with reconstructions of it: a page and tables"),
     "demo": _Command("demo", "Demo", "all of it on handwritten digits in a minute or two, no files needed"),
     "env": _Command("env", "Env", "what a bug report needs to know about this machine"),
 }
