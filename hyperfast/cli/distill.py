@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from hyperfast import models
-from hyperfast.cli.network import RUN, Network, classes_in, load_run, options_in
+from hyperfast.cli.network import Network, load_trained
 from hyperfast.cli.options import DataOptions, HypernetOptions, Repeated, TrainOptions, key_values
 from hyperfast.cli.session import announce, describe, open_folder, options, percent, summarise
 from hyperfast.cli.suggest import nearest
@@ -152,22 +151,17 @@ as in "hyperfast train"."""
 
     def _teacher(self, splits: Splits) -> tuple[Network, Teacher]:
         """Build the teacher from its file, or from the run that it is part of."""
-        folder = self.teacher if self.teacher.is_dir() else self.teacher.parent
-        if (self.teacher.is_dir() or _is_of_run(self.teacher)) and (folder / RUN).exists():
-            run, model = load_run(self.teacher)
-            return run.network, Teacher(model, run.mean, run.std)
-        saved = models.read_checkpoint(self.teacher)
+        given = {} if self.shortcut is None else {"shortcut": self.shortcut}
+        given |= key_values(self.teacher_option, "--teacher-option")
         name = self.teacher_model or self.model
-        model_options = options_in(saved.tensors, name)
-        if self.shortcut is not None:
-            model_options["shortcut"] = self.shortcut
-        model_options |= key_values(self.teacher_option, "--teacher-option")
-        spec = Network(name, classes_in(saved.tensors) or len(splits.train.classes), model_options)
-        model = spec.build(seed=0)
-        metadata = models.load_weights(model, self.teacher)
+        trained = load_trained(self.teacher, name, given, len(splits.train.classes))
         channels = splits.train.images.shape[1]
-        mean, std = (_numbers(metadata, key, channels, self.teacher) for key in ("mean", "std"))
-        return spec, Teacher(model, mean, std)
+        for key, values in (("mean", trained.mean), ("std", trained.std)):
+            if values is not None and len(values) != channels:
+                raise ValueError(
+                    f"{self.teacher}: its metadata give {key} for {len(values)} channels; the images have {channels}"
+                )
+        return trained.network, Teacher(trained.module, trained.mean, trained.std)
 
     def _student(self, teacher: Network, splits: Splits) -> Network:
         channels = splits.train.images.shape[1]
@@ -245,25 +239,8 @@ def _accuracy(teacher: nn.Module, images: ImageSet, config: TrainConfig) -> floa
     return evaluate(teacher.to(device), loader.epoch(), device, config.amp).accuracy
 
 
-def _is_of_run(path: Path) -> bool:
-    return path.name in ("best.safetensors", "last.safetensors", "checkpoint.safetensors")
-
-
 def _taps(at: tuple[str, ...]) -> str | list[str]:
     return at[0] if len(at) == 1 else list(at)
-
-
-def _numbers(metadata: dict[str, str], key: str, channels: int, path: Path) -> tuple[float, ...] | None:
-    """`"0.485,0.456,0.406"` as numbers; None where the file says nothing."""
-    if key not in metadata:
-        return None
-    try:
-        values = tuple(float(value) for value in metadata[key].strip("[]() ").split(","))
-    except ValueError:
-        raise ValueError(f"{path}: its metadata say {key} is {metadata[key]!r}, which are no numbers") from None
-    if len(values) != channels:
-        raise ValueError(f"{path}: its metadata give {key} for {len(values)} channels; the images have {channels}")
-    return values
 
 
 def _short(values: tuple[float, ...]) -> str:

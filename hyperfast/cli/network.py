@@ -17,6 +17,7 @@ from hyperfast.cli.options import HypernetOptions
 from hyperfast.recipes import checkpoint
 
 RUN = "run.json"
+_OF_RUN = ("best.safetensors", "last.safetensors", "checkpoint.safetensors")
 _CLASSIFIERS = ("fc", "linear", "classifier", "classifier.6")
 
 
@@ -150,6 +151,52 @@ def load_run(path: Path) -> tuple[Run, nn.Module]:
         raise ValueError(f"{path} is from before the end of the first epoch: there are no best weights in it yet")
     checkpoint.load_module(network, weights, str(path))
     return run, network.eval()
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained network, and what its file says about the images it was trained on (None: nothing)."""
+
+    network: Network
+    module: nn.Module
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def load_trained(path: Path, name: str | None, given: Mapping[str, Any], classes: int = 10) -> Trained:
+    """A trained network from a run of `hyperfast train`, or from a file of weights.
+
+    Args:
+        path: folder of a run or one of the files in it; a safetensors file; a state dict of torch.save.
+        name: of the model; a run's own notes say it.
+        given: options of the model, beside those that are seen from the weights.
+        classes: where they are not seen from the weights.
+
+    Raises:
+        ValueError: `name` is missing; weights that do not fit.
+    """
+    folder = path if path.is_dir() else path.parent
+    if (path.is_dir() or path.name in _OF_RUN) and (folder / RUN).exists():
+        run, module = load_run(path)
+        return Trained(run.network, module, run.mean, run.std)
+    if name is None:
+        raise ValueError(f"{path} does not say of which model it is; give its name, such as resnet20")
+    saved = models.read_checkpoint(path)
+    network = Network(name, classes_in(saved.tensors) or classes, options_in(saved.tensors, name) | dict(given))
+    module = network.build(seed=0)
+    metadata = models.load_weights(module, path)
+    mean, std = (numbers_in(metadata, key, path) for key in ("mean", "std"))
+    return Trained(network, module.eval(), mean, std)
+
+
+def numbers_in(metadata: Mapping[str, str], key: str, path: Path) -> tuple[float, ...] | None:
+    """`"0.485,0.456,0.406"` as numbers; None where the file says nothing."""
+    if key not in metadata:
+        return None
+    try:
+        return tuple(float(value) for value in metadata[key].strip("[]() ").split(","))
+    except ValueError:
+        raise ValueError(f"{path}: its metadata say {key} is {metadata[key]!r}, which are no numbers") from None
 
 
 def options_in(tensors: Mapping[str, Tensor], model: str) -> dict[str, Any]:

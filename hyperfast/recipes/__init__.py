@@ -1,6 +1,8 @@
 """Training procedures: supervised training, distillation, and the checkpoints that resume them."""
 
 from hyperfast.recipes.checkpoint import Checkpoint
+from hyperfast.recipes.compress import CompressResult, RoundRecord, compress
+from hyperfast.recipes.compress_config import CompressConfig, GuideConfig
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill import METHODS, Distillation, DistillConfig, LossTerm, Method, distill
 from hyperfast.recipes.evaluation import Evaluation, evaluate
@@ -14,20 +16,25 @@ __all__ = [
     "CHECKPOINT",
     "METHODS",
     "Checkpoint",
+    "CompressConfig",
+    "CompressResult",
     "CrossEntropy",
     "DistillConfig",
     "Distillation",
     "EpochRecord",
     "Evaluation",
+    "GuideConfig",
     "LossTerm",
     "Method",
     "Objective",
+    "RoundRecord",
     "RunOptions",
     "StepLosses",
     "TapWeights",
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "compress",
     "cosine_with_warmup",
     "distill",
     "evaluate",
