@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ class WeightPredictor(nn.Module):
             pre-activation to that of layer 2, both counted from 0. They run layer by layer in plain PyTorch, not
             fused, and keep their activations. (In NeRN neither can be constructed.)
         precision: of the hidden products, as in `hyperfast.functional.predict`.
+        frequencies: B of the Fourier features, float32 `[3 levels, 3]`, instead of a draw.
 
     Shape:
         `predictor()` is `[N, K]`, `predictor(rows)` `[R, K]`, in the dtype of the parameters whatever autocast says.
@@ -59,6 +61,7 @@ class WeightPredictor(nn.Module):
     Attributes:
         layers: `nn.ModuleList` of `nn.Linear`, as PyTorch initialises them; what the state dict holds.
         indices: rows of the tables that a kernel reads, int32 `[N, J]`.
+        frequencies: B of the Fourier features; `None` without.
 
     Notes:
         3 H^2 + 253 H + 9 parameters by default. Tables and indices follow from the arguments; they move with the
@@ -72,6 +75,7 @@ class WeightPredictor(nn.Module):
     """
 
     indices: Tensor
+    frequencies: Tensor | None
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class WeightPredictor(nn.Module):
         activation: str = "relu",
         skip: str | None = None,
         precision: str = "fp32",
+        frequencies: Tensor | None = None,
     ) -> None:
         super().__init__()
         _check_choices(fusion, embedding, normalization, activation, skip, precision)
@@ -99,9 +104,12 @@ class WeightPredictor(nn.Module):
         self.sizes, coordinates = _checked_coordinates(sizes, coordinates)
         self.fusion, self.embedding, self.normalization = fusion, embedding, normalization
         self.activation, self.skip, self.precision = activation, skip, precision
+        self.hidden, self.base, self.levels, self.gauss_scale = hidden, base, levels, tuple(gauss_scale)
         positions = _normalized(coordinates, self.sizes, normalization)
-        if embedding == "fourier":
-            tables, indices = _fourier(positions, levels, gauss_scale)
+        frequencies = _checked_frequencies(frequencies, embedding, levels, gauss_scale)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        if frequencies is not None:
+            tables, indices = _fourier(positions, frequencies)
         else:
             tables, indices = _positional(positions, self.sizes, base, levels)
         for j, table in enumerate(tables):
@@ -114,6 +122,18 @@ class WeightPredictor(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(size, hidden if i < layers - 1 else outputs) for i, size in enumerate(inputs)
         )
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The arguments that make it again, as JSON has them, but for `coordinates` and `frequencies`."""
+        names = ("hidden", "base", "levels", "fusion", "embedding", "normalization", "activation", "skip", "precision")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "sizes": list(self.sizes),
+            "layers": len(self.layers),
+            "outputs": self._linear()[-1].out_features,
+            "gauss_scale": list(self.gauss_scale),
+        }
 
     @property
     def embeddings(self) -> list[Tensor]:
@@ -290,9 +310,26 @@ def _positional(positions: Tensor, sizes: Sequence[int], base: float, levels: in
     return tables, torch.stack(columns, 1)
 
 
-def _fourier(positions: Tensor, levels: int, gauss_scale: Sequence[float]) -> tuple[list[Tensor], Tensor]:
+def _checked_frequencies(
+    frequencies: Tensor | None, embedding: str, levels: int, gauss_scale: Sequence[float]
+) -> Tensor | None:
+    """B as it was given, or drawn; None for another embedding."""
+    if embedding != "fourier":
+        if frequencies is not None:
+            raise ValueError(f"frequencies are given, but embedding={embedding!r} has none; use embedding='fourier'")
+        return None
     scale = torch.tensor(gauss_scale, dtype=torch.float32)
     if scale.shape != (3,):
         raise ValueError(f"gauss_scale is {gauss_scale}; expected three numbers (layer, filter, channel)")
-    matrix = torch.randn(3 * levels, 3, generator=torch.Generator().manual_seed(_FOURIER_SEED)) * scale
-    return [functional.fourier_features(positions, matrix)], torch.arange(len(positions))[:, None]
+    if frequencies is None:
+        return torch.randn(3 * levels, 3, generator=torch.Generator().manual_seed(_FOURIER_SEED)) * scale
+    if frequencies.dtype != torch.float32 or tuple(frequencies.shape) != (3 * levels, 3):
+        raise ValueError(
+            f"frequencies is {frequencies.dtype} {list(frequencies.shape)}; expected torch.float32 [{3 * levels}, 3], "
+            "three rows for each of the levels"
+        )
+    return frequencies.detach().cpu().clone()
+
+
+def _fourier(positions: Tensor, frequencies: Tensor) -> tuple[list[Tensor], Tensor]:
+    return [functional.fourier_features(positions, frequencies)], torch.arange(len(positions))[:, None]

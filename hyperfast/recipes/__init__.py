@@ -1,5 +1,6 @@
-"""Training procedures: supervised training, distillation, and the checkpoints that resume them."""
+"""Training procedures: supervised training, distillation, and the files that they write."""
 
+from hyperfast.recipes.artifact import Artifact
 from hyperfast.recipes.checkpoint import Checkpoint
 from hyperfast.recipes.compress import CompressResult, RoundRecord, compress
 from hyperfast.recipes.compress_config import CompressConfig, GuideConfig
@@ -7,14 +8,17 @@ from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill import METHODS, Distillation, DistillConfig, LossTerm, Method, distill
 from hyperfast.recipes.evaluation import Evaluation, evaluate
 from hyperfast.recipes.objective import CrossEntropy, Objective, StepLosses
+from hyperfast.recipes.predictor_storage import fake_quantized
 from hyperfast.recipes.result import EpochRecord, TrainResult
 from hyperfast.recipes.schedules import TapWeights, cosine_with_warmup
+from hyperfast.recipes.size_report import SizeReport
 from hyperfast.recipes.trainer import CHECKPOINT, Trainer
 from hyperfast.recipes.training import RunOptions, fit, train
 
 __all__ = [
     "CHECKPOINT",
     "METHODS",
+    "Artifact",
     "Checkpoint",
     "CompressConfig",
     "CompressResult",
@@ -29,6 +33,7 @@ __all__ = [
     "Objective",
     "RoundRecord",
     "RunOptions",
+    "SizeReport",
     "StepLosses",
     "TapWeights",
     "TrainConfig",
@@ -38,6 +43,7 @@ __all__ = [
     "cosine_with_warmup",
     "distill",
     "evaluate",
+    "fake_quantized",
     "fit",
     "train",
 ]

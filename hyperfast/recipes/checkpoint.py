@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ def save(
         OSError: the file cannot be written (disk full, no permission). Nothing is left behind.
     """
     path = Path(path)
-    header = {_KEY: json.dumps({**(metadata or {}), "version": VERSION}, sort_keys=True)}
+    header = _header(metadata)
     # A folder of our own: safetensors writes to a random name first, and a kill must not pile up such files.
     staging = path.with_name(f".{path.name}.tmp")
     try:
@@ -86,6 +87,11 @@ def save(
         raise (OSError(message) if number is None else OSError(number, message)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, JSON] | None = None) -> int:
+    """Bytes of the file that `save` writes."""
+    return len(serialize(dict(_separate(tensors)), metadata=_header(metadata)))
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -107,10 +113,13 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path} is cut short or is not a safetensors file ({error})") from error
     if header is None:
         raise ValueError(
-            f"{path} is a safetensors file, but hyperfast did not write it, so there is no training state in it. "
-            "hyperfast.models.load_weights reads plain weights."
+            f"{path} is a safetensors file, but hyperfast did not write it, so there is neither training state nor a "
+            "compressed network in it. hyperfast.models.load_weights reads plain weights."
         )
-    metadata = json.loads(header)
+    try:
+        metadata = json.loads(header)
+    except ValueError as error:
+        raise ValueError(f"{path} was changed after it was written: its description is no JSON ({error})") from error
     version = metadata.pop("version", None)
     if version != VERSION:
         raise ValueError(f"{path} has checkpoint format {version}; this hyperfast reads format {VERSION}")
@@ -142,6 +151,10 @@ def as_json(value: JSON) -> JSON:
     """`value` as it comes back from a checkpoint: tuples are lists, keys are strings."""
     restored: JSON = json.loads(json.dumps(value))
     return restored
+
+
+def _header(metadata: Mapping[str, JSON] | None) -> dict[str, str]:
+    return {_KEY: json.dumps({**(metadata or {}), "version": VERSION}, sort_keys=True)}
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
