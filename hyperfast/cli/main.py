@@ -35,7 +35,9 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "train": _Command("train", "Train", "train a network on labels, as it is or with generated weights"),
     "distill": _Command("distill", "Distill", "train a student with generated weights, helped by a teacher"),
-    "compress": _Command("compress", "Compress", "make a trained network small: a predictor of its weights, in one file"),
+    "compress": _Command(
+        "compress", "Compress", "make a trained network small: a predictor of its weights, in one file"
+    ),
     "export": _Command("export", "Export", "bake generated weights: safetensors, torch.export or ONNX"),
     "demo": _Command("demo", "Demo", "all of it on handwritten digits in a minute or two, no files needed"),
     "env": _Command("env", "Env", "what a bug report needs to know about this machine"),

@@ -132,4 +132,3 @@ def key_values(given: Sequence[str], flag: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
-

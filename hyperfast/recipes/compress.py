@@ -159,6 +159,8 @@ class _Compression:
         self.judged = copy.deepcopy(self.model)
         self.guide = None if config.guide is None else config.guide.resolved(config)
         self.teacher = self.model if teacher is None else teacher.to(config.torch_device())
+        if self.guide is None and teacher is not None:
+            raise ValueError("a teacher is given, but there is no second phase to follow it; give guide=GuideConfig()")
         if self.guide is not None:
             check_guide(self.guide, self.model, self.teacher, data)
 

@@ -18,7 +18,7 @@ from hyperfast.surgery import Coverage, Permutation, find_permutation
 
 # Draws of the sampler whose mean squared error is that of all kernels in expectation.
 _UNBIASED = ("uniform", "epoch")
-_DECAY = 0.95
+_DECAY = 0.9
 
 
 @dataclass(frozen=True, eq=False)
