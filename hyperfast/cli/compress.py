@@ -12,6 +12,7 @@ from rich.table import Table
 from hyperfast.cli.network import Trained, load_trained
 from hyperfast.cli.options import DataOptions, Repeated, key_values
 from hyperfast.cli.session import percent
+from hyperfast.data import Augment
 from hyperfast.recipes import CHECKPOINT, CompressConfig, GuideConfig, compress
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class GuideOptions:
             noise=self.noise,
             image=self.image,
             amp=self.amp,
-            **({"augment": data.augment()} if data.dataset else {}),
+            augment=data.augment() if data.dataset else Augment(),
         )
 
 

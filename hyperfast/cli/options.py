@@ -132,3 +132,4 @@ def key_values(given: Sequence[str], flag: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
+

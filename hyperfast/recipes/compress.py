@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -165,14 +166,13 @@ class _Compression:
             check_guide(self.guide, self.model, self.teacher, data)
 
     def settings(self) -> dict[str, JSON]:
-        """What the result depends on, the network's covered weights included."""
+        """What the result depends on, the weights of network and teacher included."""
         settings = {key: value for key, value in asdict(self.config).items() if key not in _FREE_SETTINGS}
-        targets = torch.cat([self.state[tensor.name].flatten().double() for tensor in self.coverage.tensors])
-        place = torch.arange(1, len(targets) + 1, dtype=torch.float64)
         return {
             **settings,
             "coverage": self.coverage.fingerprint,
-            "weights": [float(targets.sum()), float(targets @ place)],
+            "network": _digest(self.model),
+            "teacher": None if self.guide is None else _digest(self.teacher),
             "train_images": None if self.data is None else len(self.data.train),
         }
 
@@ -335,6 +335,14 @@ def _cover(model: nn.Module, config: CompressConfig) -> Coverage:
         kernel=config.kernel,
         policy=config.cover,
     )
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of its state dict."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tied(model: nn.Module, coverage: Coverage) -> dict[str, str]:

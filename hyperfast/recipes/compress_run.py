@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from hyperfast.nn import WeightPredictor
 from hyperfast.recipes import checkpoint
 from hyperfast.recipes.checkpoint import JSON
 from hyperfast.recipes.cost import Stopwatch
@@ -32,7 +33,7 @@ class Training(Protocol):
         total: steps of the whole training.
     """
 
-    predictor: nn.Module
+    predictor: WeightPredictor
     made: int
     total: int
 

@@ -105,8 +105,6 @@ def test_the_same_command_goes_on_and_another_does_not(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--hidden", "0"], "hidden is 0; expected at least 1"),
-        (["--batch-rows", "0"], "batch_rows is 0; expected at least 1"),
         (["--kernel", "2"], "kernel is 2, but the kernels of ResNet have sides from 3 on"),
         (["--phase2", "kd"], "--phase2 shows images to the network: give --dataset and --data, or --noise"),
         (["--phase2", "kd", "--noise"], "noise has no epochs; give steps"),
@@ -121,6 +119,14 @@ def test_options_that_cannot_be(
     assert run(network, *options) == 2
     assert message in error(capsys)
     assert not network.with_name("c.hf").exists()
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--hidden", "hidden"), ("--batch-rows", "batch_rows")])
+def test_settings_that_cannot_be(network: Path, flag: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(network, flag, "0")
+    assert end.value.code == 2
+    assert f"{name} is 0; expected at least 1" in error(capsys)
 
 
 def test_networks_that_cannot_be(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

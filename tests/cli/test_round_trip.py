@@ -209,7 +209,9 @@ def test_bad_input(
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_cannot_be_exported(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_exported(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = (student / "best.safetensors").read_bytes()
     (tmp_path / "best.safetensors").write_bytes(whole[: len(whole) // 2])
     foreign, plain = tmp_path / "foreign.safetensors", tmp_path / "x.safetensors"
