@@ -133,6 +133,9 @@ class NetworkStudy:
 
     def tables(self) -> dict[str, Rows]:
         """Every number as rows, by the name of a file; those that have none are left out."""
+        return {name: rows for name, rows in self._tables().items() if rows}
+
+    def _tables(self) -> dict[str, Rows]:
         networks = list(self.s_ratios)
         summary: Rows = []
         for network in networks:
@@ -156,7 +159,7 @@ class NetworkStudy:
             for network, rows in self.differences.items()
             for row in rows
         ]
-        found: dict[str, Rows] = {
+        return {
             "summary": summary,
             "layers": layers,
             "interpolation": [
@@ -181,15 +184,19 @@ class NetworkStudy:
                 for severity, accuracy in zip(self.config.severities, accuracies, strict=True)
             ],
         }
-        return {name: rows for name, rows in found.items() if rows}
-
     def write_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every table as a CSV file; the folder is created. Returns the paths."""
+        """Write every table as a CSV file; the folder is created. Returns the paths.
+
+        Tables that an earlier study left there and that this one does not have are removed.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
-        for name, rows in self.tables().items():
+        for name, rows in self._tables().items():
             path = folder / f"{name}.csv"
+            if not rows:
+                path.unlink(missing_ok=True)
+                continue
             columns = list(dict.fromkeys(column for row in rows for column in row))
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, columns)

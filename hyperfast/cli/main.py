@@ -39,6 +39,8 @@ _COMMANDS = {
         "compress", "Compress", "make a trained network small: a predictor of its weights, in one file"
     ),
     "export": _Command("export", "Export", "bake generated weights: safetensors, torch.export or ONNX"),
+    "reconstruct": _Command("reconstruct", "Reconstruct", "an ordinary network from a compressed one"),
+    "analyze": _Command("analyze", "Analyze", "compare a network with reconstructions of it: a page and tables"),
     "demo": _Command("demo", "Demo", "all of it on handwritten digits in a minute or two, no files needed"),
     "env": _Command("env", "Env", "what a bug report needs to know about this machine"),
 }

@@ -66,6 +66,13 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class OptionalData(DataOptions):
+    """Images, where there are any."""
+
+    dataset: str = ""
+
+
+@dataclass(frozen=True)
 class HypernetOptions:
     """The hypernetwork, where there is one.
 

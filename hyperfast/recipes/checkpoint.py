@@ -67,8 +67,16 @@ def save(
     Raises:
         OSError: the file cannot be written (disk full, no permission). Nothing is left behind.
     """
+    write(path, tensors, _header(metadata))
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with these metadata and no others, as carefully as `save`.
+
+    Raises:
+        OSError: as `save`.
+    """
     path = Path(path)
-    header = _header(metadata)
     # A folder of our own: safetensors writes to a random name first, and a kill must not pile up such files.
     staging = path.with_name(f".{path.name}.tmp")
     try:
@@ -76,7 +84,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         written = staging / path.name
-        save_file(dict(_separate(tensors)), written, metadata=header)
+        save_file(dict(_separate(tensors)), written, metadata=dict(metadata))
         written.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
         _flush(written)
         os.replace(written, path)

@@ -86,10 +86,15 @@ def fake_quantized(predictor: WeightPredictor) -> Iterator[WeightPredictor]:
         ...         loss.backward()
         ...         optimizer.step()
     """
-    for layer in predictor.layers:
+    layers = [layer for layer in predictor.layers if isinstance(layer, nn.Linear)]
+    for layer in layers:
         parametrize.register_parametrization(layer, "weight", _Rounded())
     try:
         yield predictor
     finally:
-        for layer in predictor.layers:
+        for layer in layers:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            # The weight now stands behind the bias; the state of an optimiser goes by the order of parameters.
+            bias = layer.bias
+            del layer.bias
+            layer.bias = bias
