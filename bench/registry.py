@@ -20,7 +20,8 @@ import hyperfast
 
 _Named = TypeVar("_Named", "Case", "Provider")
 
-NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "training_step")
+NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
+NAMES += ("training_step",)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "train": _Command("train", "Train", "train a network on labels, as it is or with generated weights"),
     "distill": _Command("distill", "Distill", "train a student with generated weights, helped by a teacher"),
+    "compress": _Command(
+        "compress", "Compress", "make a trained network small: a predictor of its weights, in one file"
+    ),
     "export": _Command("export", "Export", "bake generated weights: safetensors, torch.export or ONNX"),
     "reconstruct": _Command("reconstruct", "Reconstruct", "an ordinary network from a compressed one"),
     "analyze": _Command("analyze", "Analyze", "compare a network with reconstructions of it: a page and tables"),

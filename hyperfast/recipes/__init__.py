@@ -2,6 +2,8 @@
 
 from hyperfast.recipes.artifact import Artifact
 from hyperfast.recipes.checkpoint import Checkpoint
+from hyperfast.recipes.compress import CompressResult, RoundRecord, compress
+from hyperfast.recipes.compress_config import CompressConfig, GuideConfig
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill import METHODS, Distillation, DistillConfig, LossTerm, Method, distill
 from hyperfast.recipes.evaluation import Evaluation, evaluate
@@ -18,14 +20,18 @@ __all__ = [
     "METHODS",
     "Artifact",
     "Checkpoint",
+    "CompressConfig",
+    "CompressResult",
     "CrossEntropy",
     "DistillConfig",
     "Distillation",
     "EpochRecord",
     "Evaluation",
+    "GuideConfig",
     "LossTerm",
     "Method",
     "Objective",
+    "RoundRecord",
     "RunOptions",
     "SizeReport",
     "StepLosses",
@@ -33,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "compress",
     "cosine_with_warmup",
     "distill",
     "evaluate",

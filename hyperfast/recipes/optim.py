@@ -108,8 +108,8 @@ def restore_optimizer_state(optimizer: Optimizer, modules: nn.Module, state: Map
         if value.shape == parameter.shape and key != "step":
             restored = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         else:
-            # AdamW counts its steps on the device only if it is fused there.
-            restored = value.to(parameter.device if optimizer.defaults["fused"] else "cpu", copy=True)
+            # AdamW counts its steps on the device only if it is fused there; Ranger always does.
+            restored = value.to(parameter.device if optimizer.defaults.get("fused", True) else "cpu", copy=True)
         optimizer.state[parameter][key] = restored.detach()
 
 
