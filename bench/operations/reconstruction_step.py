@@ -24,12 +24,17 @@ _CONFIG = CompressConfig(permutation="identity", min_lr=5e-3, device="cpu")
 
 @dataclass(frozen=True)
 class Inputs:
-    """A predictor at its start, its targets, and the rows that `results` takes instead of drawing some."""
+    """A predictor at its start, the network it learns, and the rows that `results` takes instead of drawing some."""
 
     predictor: WeightPredictor
-    targets: Targets
+    state: dict[str, Tensor]
+    coverage: surgery.Coverage
     config: CompressConfig
     rows: Tensor
+
+    def targets(self) -> Targets:
+        """As the recipe makes them."""
+        return Targets.of(self.state, self.coverage, self.config)
 
 
 def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> Inputs:
@@ -40,8 +45,7 @@ def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> 
         state = models.create("resnet20").state_dict()
         rows = torch.randperm(29_744)[: config.batch_rows].to(device)
     coverage = surgery.cover(models.create("resnet20"), policy="nern")
-    targets = Targets.of(state, coverage, config)
-    return Inputs(new_predictor(coverage, config, seed), targets, config, rows)
+    return Inputs(new_predictor(coverage, config, seed), dict(state), coverage, config, rows)
 
 
 def _work(build: Callable[[Inputs, WeightPredictor], tuple[Callable[[], Any], Callable[[Tensor], Tensor]]]) -> Any:
@@ -67,7 +71,7 @@ def _work(build: Callable[[Inputs, WeightPredictor], tuple[Callable[[], Any], Ca
 
 
 def _fused(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
-    training = Reconstruction(predictor, inputs.targets, inputs.config, seed=0)
+    training = Reconstruction(predictor, inputs.targets(), inputs.config, seed=0)
     return training.step, training.gradient
 
 
@@ -78,7 +82,7 @@ def _plain(
     inputs: Inputs, predictor: WeightPredictor, errors: Errors, update: Callable[[list[nn.Parameter]], Any]
 ) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
     """The loss as the recipe has it, whatever computes sums of squares and updates parameters."""
-    targets, config = inputs.targets, inputs.config
+    targets, config = inputs.targets(), inputs.config
     norms, count = targets.rows.norm(dim=1), targets.rows.numel()
     running = targets.rmse(predictor).square()
     move: Callable[[], Any] | None = None
@@ -109,7 +113,7 @@ def _plain(
 def _nern(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
     """The embedding of every row in memory, all rows predicted in chunks, those of the batch once more with grad."""
     tables = [table[predictor.indices[:, j]] for j, table in enumerate(predictor.embeddings)]
-    embedding, targets = torch.cat(tables, 1), inputs.targets.rows
+    embedding, targets = torch.cat(tables, 1), inputs.targets().rows
 
     def network(x: Tensor) -> Tensor:
         for weight, bias in zip(predictor.weights[:-1], predictor.biases[:-1], strict=True):
@@ -127,11 +131,11 @@ def _nern(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any]
 
 def _compiled(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
     """The recipe's own arithmetic in plain PyTorch, through the compiler."""
-    error = torch.compile(reference.squared_error, fullgraph=True)
+    error, targets = torch.compile(reference.squared_error, fullgraph=True), inputs.targets().rows
 
     def errors(rows: Tensor | None) -> Tensor:
         network = (predictor.embeddings, predictor.indices, predictor.weights, predictor.biases)
-        found: Tensor = error(*network, inputs.targets.rows, None, rows, "concat", "relu", inputs.config.precision)
+        found: Tensor = error(*network, targets, None, rows, "concat", "relu", inputs.config.precision)
         return found
 
     return _plain(inputs, predictor, errors, ranger_update._reference(compiled=True))
@@ -141,7 +145,7 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
     """The reference in float64."""
     double = copy.deepcopy(inputs.predictor).double()
     network = (double.embeddings, double.indices, double.weights, double.biases)
-    targets = inputs.targets.rows.double()
+    targets = inputs.targets().rows.double()
     with torch.no_grad():
         everything = functional.squared_error(*network, targets)
     loss = (everything / targets.numel()).sqrt()
