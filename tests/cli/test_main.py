@@ -28,6 +28,8 @@ def _help(capsys: pytest.CaptureFixture[str], command: str) -> str:
         ("train", ["--dataset", "--hypernetize", "--epochs", "hyperfast train --dataset digits"]),
         ("distill", ["--teacher", "--loss", "weight 1000", "--no-hypernetize", "--loss at --epochs 3"]),
         ("export", ["--condition", ".safetensors", ".pt2", ".onnx", "hyperfast export runs/"]),
+        ("reconstruct", ["--out", "against convolutions", "hyperfast reconstruct r20.hf.safetensors --out"]),
+        ("analyze", ["--dataset", "1000 on the CPU", "--severities", "--force", "hyperfast analyze resnet20"]),
         ("demo", ["--seeds", "runs of each method", "runs/demo", "hyperfast demo --seeds 1"]),
         ("env", ["hyperfast env"]),
     ],
@@ -48,7 +50,7 @@ def test_help_of_training_settings_says_units_and_defaults(capsys: pytest.Captur
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "distill", "export", "demo", "env"):
+    for command in ("train", "distill", "export", "reconstruct", "analyze", "demo", "env"):
         assert f"  {command}" in text
     assert main([]) == 2
 
