@@ -58,7 +58,7 @@ def test_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["analyze", str(files.original), *paths, "--out", str(out), *_DIGITS]) == 0
     tables = {"summary", "layers", "interpolation", "landscape", "attacks"}
     assert {path.stem for path in out.iterdir()} == tables | {"report"}
-    assert {row["set"] for row in _rows(out / "landscape.csv")} == {"test", "train"}
+    assert {row["images"] for row in _rows(out / "landscape.csv")} == {"test", "train"}
     for row in _rows(out / "summary.csv"):
         assert float(row["accuracy"]) * 30 == pytest.approx(round(float(row["accuracy"]) * 30))
     printed = _printed(capsys)
