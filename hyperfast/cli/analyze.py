@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hyperfast.data import Splits
 
 _IMAGES_ON_CPU = 1000
+_COLOURS = 3
 _REPORT = "report.html"
 _ORIGINAL = "original"
 
@@ -98,6 +99,9 @@ a ResNet-20; --grid 0, --steps 0 and fewer --severities make it shorter."""
         for network in (original.module, *networks.values()):
             network.to(device)
         config = self._config(device.type)
+        if splits is not None and splits.test.images.shape[1] != _COLOURS and config.corruptions:
+            console.print("the images have no colours: corruptions are left out", style="yellow")
+            config = replace(config, corruptions=())
         if splits is not None and original.mean is not None and original.std is not None:
             splits = splits.normalised(original.mean, original.std)
         sets = 1 if splits is None or not len(splits.train) else 2

@@ -10,7 +10,7 @@ import tyro
 from rich.table import Table
 
 from hyperfast.cli.network import Trained, load_trained
-from hyperfast.cli.options import DataOptions, Repeated, key_values
+from hyperfast.cli.options import OptionalData, Repeated, key_values
 from hyperfast.cli.session import percent
 from hyperfast.data import Augment
 from hyperfast.recipes import CHECKPOINT, CompressConfig, GuideConfig, compress
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
     from hyperfast.data import Splits
     from hyperfast.recipes import CompressResult
-
-
-@dataclass(frozen=True)
-class OptionalData(DataOptions):
-    """Images, where there are any; a reconstruction needs none."""
-
-    dataset: str = ""
 
 
 @dataclass(frozen=True)

@@ -168,3 +168,11 @@ def test_networks_that_cannot_be_compared() -> None:
         others["round 1"].conv1.weight[0] = torch.nan
     with pytest.raises(ValueError, match="conv1.weight: the weight has values that are not finite"):
         study(original, others)
+
+
+def test_tables_of_an_earlier_study_do_not_stay(tmp_path: Path) -> None:
+    original, others = _networks()
+    (tmp_path / "attacks.csv").write_text("old")
+    (tmp_path / "mine.csv").write_text("kept")
+    paths = study(original, others).write_csv(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths} | {"mine.csv"}

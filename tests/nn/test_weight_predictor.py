@@ -1,6 +1,7 @@
 """NeRN's numbers, its parameter counts and its file; every option; skips against the plain MLP; bad input."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -315,6 +316,11 @@ def test_a_foreign_state_dict_changes_nothing():
             "layers is 3; skip='residual' adds to a hidden layer 2, so give at least 4",
         ),
         ({"embedding": "fourier", "gauss_scale": (1.0, 2.0)}, r"gauss_scale is \(1.0, 2.0\); expected three numbers"),
+        ({"frequencies": torch.ones(120, 3)}, "frequencies are given, but embedding='basic' has none"),
+        (
+            {"embedding": "fourier", "frequencies": torch.ones(40, 3)},
+            r"frequencies is torch.float32 \[40, 3\]; expected torch.float32 \[120, 3\]",
+        ),
         ({"sizes": (3, 4)}, r"sizes is \(3, 4\); expected three positive numbers"),
         ({"sizes": (3, 0, 5)}, r"sizes is \(3, 0, 5\); expected three positive numbers"),
         (
@@ -345,6 +351,23 @@ def test_targets_of_another_network(name, skip):
     arguments = {"targets": torch.zeros(60, 9)} | {name: torch.zeros(60, 1)}
     with pytest.raises(ValueError, match=rf"{name} is .*\[60, 1\]; expected .*\[60, 9\], one row per"):
         predictor.squared_error(**arguments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layers": 4, "outputs": 4, "base": 1.25, "levels": 3, "fusion": "sum", "skip": "residual"},
+        {"embedding": "fourier", "gauss_scale": (1.0, 2.0, 3.0), "normalization": "global", "precision": "bf16"},
+    ],
+)
+def test_configuration_makes_it_again(options):
+    predictor = WeightPredictor(SMALL, 6, **options)
+    configuration = json.loads(json.dumps(predictor.configuration))
+    again = WeightPredictor(frequencies=predictor.frequencies, **configuration)
+    again.load_state_dict(predictor.state_dict())
+    assert again.configuration == predictor.configuration and repr(again) == repr(predictor)
+    assert torch.equal(again(), predictor())
 
 
 def test_repr_shows_what_is_not_the_default():

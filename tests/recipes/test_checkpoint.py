@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -39,6 +40,24 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "a", tensors, {"x": 1, "y": 2})
     checkpoint.save(tmp_path / "b", tensors, {"y": 2, "x": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_size_is_that_of_the_file(tmp_path: Path) -> None:
+    tensors, metadata = {"w": torch.ones(3, 5), "half": torch.ones(7).half()}, {"note": "é", "list": [1, 2]}
+    checkpoint.save(tmp_path / "c", tensors, metadata)
+    assert checkpoint.size(tensors, metadata) == (tmp_path / "c").stat().st_size
+
+
+def test_metadata_of_other_readers_are_written_as_they_are(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path / "c", {"w": torch.ones(3)}, {"model": "resnet8"})
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        assert file.metadata() == {"model": "resnet8"}
+
+
+def test_a_description_that_is_no_json(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "c", metadata={"hyperfast": "{"})
+    with pytest.raises(ValueError, match="c was changed after it was written: its description is no JSON"):
+        checkpoint.load(tmp_path / "c")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
