@@ -171,7 +171,7 @@ def backward(
     encoding: str,
     activation: str,
     negative_slope: float,
-    head_gradient: bool,
+    head_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `reference.generate_backward`, in one launch; bit for bit the same in every run.
 
