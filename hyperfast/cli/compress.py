@@ -13,7 +13,7 @@ from hyperfast.cli.network import Trained, load_trained
 from hyperfast.cli.options import OptionalData, Repeated, key_values
 from hyperfast.cli.session import percent
 from hyperfast.data import Augment
-from hyperfast.recipes import CHECKPOINT, CompressConfig, GuideConfig, compress
+from hyperfast.recipes import CHECKPOINT, Artifact, CompressConfig, GuideConfig, compress, continuation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,6 +116,8 @@ class Compress:
         images: for accuracies, selection and phase 2.
         settings: of the reconstruction.
         guidance: of the second phase.
+        start: what an earlier "hyperfast compress" made of the same network: go on from there with --phase2, or with
+            more --rounds, under the settings of the reconstruction that it was made with.
         stored: how the predictor is stored: fp32, fp16 or int8.
         folder: where checkpoint and metrics go. Default: OUT.run, beside OUT. A run that is there already, with the
             same settings, is gone on with.
@@ -129,6 +131,7 @@ class Compress:
     images: OptionalData = field(default_factory=OptionalData)
     settings: CompressOptions = field(default_factory=CompressOptions)
     guidance: GuideOptions = field(default_factory=GuideOptions)
+    start: Path | None = None
     stored: Literal["fp32", "fp16", "int8"] = "fp32"
     folder: Path | None = None
     resume: bool = False
@@ -141,18 +144,24 @@ Examples:
     hyperfast compress resnet20.safetensors --model resnet20 --hidden 180 --out r20.hf.safetensors
     hyperfast compress resnet20.safetensors --model resnet20 --hidden 140 --out r20.hf.safetensors \\
                        --phase2 kd --phase2-epochs 10 --data DIR --dataset cifar10
+    hyperfast compress resnet20.safetensors --model resnet20 --start r20.hf.safetensors --out guided.hf.safetensors \\
+                       --phase2 kd --teacher resnet56.safetensors --teacher-model resnet56 --data DIR --dataset cifar10
     hyperfast compress resnet20.safetensors --model resnet20 --hidden 300 --out r20.hf.safetensors \\
                        --rounds 5 --seeds 3 --data DIR --dataset cifar10
 
 Without images it reconstructs the weights, and shows how far they are off; with images it also says what that does to
 the accuracy. A predictor smaller than the network (hidden 180 for a ResNet-20) loses some, which --phase2 kd wins
-back; one that is larger (hidden 300) can gain by --rounds. --steps 10000 is a quick look at a seventh of the time.
+back; one that is larger (hidden 300) can gain by --rounds. Either can follow later, with --start. --steps 10000 is a
+quick look at a seventh of the time.
 
 Ctrl-C writes a checkpoint; the same command then goes on where it stopped."""
 
     def run(self, console: Console) -> None:
         """Compress, write the file, and print the table."""
+        start = None if self.start is None else Artifact.load(self.start)
         config = self._config()
+        if start is not None:
+            config = continuation(start, config)
         splits = self._splits()
         trained = load_trained(
             self.network,
@@ -173,6 +182,7 @@ Ctrl-C writes a checkpoint; the same command then goes on where it stopped."""
             config,
             splits,
             self._teacher(trained),
+            start=start,
             folder=folder,
             resume=going_on,
             progress=console.is_terminal,

@@ -2,7 +2,7 @@
 
 from hyperfast.recipes.artifact import Artifact
 from hyperfast.recipes.checkpoint import Checkpoint
-from hyperfast.recipes.compress import CompressResult, RoundRecord, compress
+from hyperfast.recipes.compress import CompressResult, RoundRecord, compress, continuation
 from hyperfast.recipes.compress_config import CompressConfig, GuideConfig
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill import METHODS, Distillation, DistillConfig, LossTerm, Method, distill
@@ -40,6 +40,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "compress",
+    "continuation",
     "cosine_with_warmup",
     "distill",
     "evaluate",

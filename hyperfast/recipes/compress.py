@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from hyperfast.surgery import Coverage, Permutation, cover, relabel
 
 # A run may be resumed with other values of these: they do not change what it computes.
 _FREE_SETTINGS = ("device", "log_every", "checkpoint_every")
+# What a run that starts from another one's result may set anew.
+_NEW_AFTER_START = (*_FREE_SETTINGS, "rounds", "seeds", "seed", "select", "guide", "precision")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def compress(
     data: Splits | None = None,
     teacher: nn.Module | None = None,
     *,
+    start: Artifact | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -104,6 +107,8 @@ def compress(
         data: images normalised as the network expects. Needed for phase 2 without noise and to select by accuracy;
             otherwise only for the accuracies in the result.
         teacher: phase 2: maps the same images to as many logits. Default: the network itself.
+        start: what an earlier call made of `model`, in place of the rounds that it has: phase 2, or further rounds,
+            begin there. `config` must describe the same predictor, as `continuation` makes it.
         folder: where to write `checkpoint.safetensors` and `metrics.jsonl`. Default: nothing is written.
         resume: go on with the checkpoint in `folder`; where there is none yet, start.
         progress: show a progress bar on the terminal.
@@ -112,7 +117,8 @@ def compress(
 
     Raises:
         ValueError: weights that are NaN or infinite; kernels that are zero or larger than the predictor's output;
-            phase 2 without images; a teacher with other classes; a checkpoint of another network or other settings.
+            phase 2 without images; a teacher with other classes; a checkpoint of another network or other settings;
+            a `start` of another network or predictor, or with nothing left to do.
         FileExistsError: `folder` holds a run and `resume` is False.
         FloatingPointError: the loss is not finite any more; names the step and the last good checkpoint.
         OSError: a checkpoint cannot be written; the one from before is kept.
@@ -128,7 +134,7 @@ def compress(
 
     Source: NeRN, arXiv 2212.13554; progressive rounds and decoupled training, arXiv 2407.00356.
     """
-    compression = _Compression(model, config or CompressConfig(), data, teacher)
+    compression = _Compression(model, config or CompressConfig(), data, teacher, start)
     run = Run(
         None if folder is None else Path(folder),
         compression.settings(),
@@ -142,13 +148,40 @@ def compress(
         return compression.result(run, dict(metadata or {}))
 
 
+def continuation(start: Artifact, config: CompressConfig) -> CompressConfig:
+    """`config` with the predictor, the cover and the reconstruction that `start` was made with.
+
+    What is left of `config`: `rounds`, `seeds`, `seed`, `select`, `guide`, `precision`, `device`, `log_every` and
+    `checkpoint_every`.
+
+    Raises:
+        ValueError: `start` does not say what it was made with; `config` has another value than `start` that is not the
+            default either.
+    """
+    settings: Any = start.metadata.get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError("start does not say what it was made with (metadata['settings']); give what compress() made")
+    default, changes = CompressConfig(), {}
+    for name in (f.name for f in fields(CompressConfig) if f.name in settings and f.name not in _NEW_AFTER_START):
+        value = tuple(settings[name]) if isinstance(settings[name], list) else settings[name]
+        if getattr(config, name) not in (value, getattr(default, name)):
+            raise ValueError(f"{name} is {getattr(config, name)!r}, but start was made with {value!r}; leave it out")
+        changes[name] = value
+    return replace(config, **changes)
+
+
 class _Compression:
     """The network, what is covered of it, and who judges."""
 
     def __init__(
-        self, model: nn.Module, config: CompressConfig, data: Splits | None, teacher: nn.Module | None
+        self,
+        model: nn.Module,
+        config: CompressConfig,
+        data: Splits | None,
+        teacher: nn.Module | None,
+        start: Artifact | None,
     ) -> None:
-        self.config, self.data = config, data
+        self.config, self.data, self.start = config, data, start
         self.model = copy.deepcopy(model).to(config.torch_device()).eval().requires_grad_(False)
         if config.permutation == RELABEL:
             self.model = relabel(self.model.cpu())[0].to(config.torch_device())
@@ -164,6 +197,8 @@ class _Compression:
             raise ValueError("a teacher is given, but there is no second phase to follow it; give guide=GuideConfig()")
         if self.guide is not None:
             check_guide(self.guide, self.model, self.teacher, data)
+        if start is not None:
+            self._check_start(start)
 
     def settings(self) -> dict[str, JSON]:
         """What the result depends on, the weights of network and teacher included."""
@@ -173,6 +208,7 @@ class _Compression:
             "coverage": self.coverage.fingerprint,
             "network": _digest(self.model),
             "teacher": None if self.guide is None else _digest(self.teacher),
+            "start": None if self.start is None else _digest(self.start.predictor),
             "train_images": None if self.data is None else len(self.data.train),
         }
 
@@ -202,6 +238,10 @@ class _Compression:
         """Rounds until one does not improve; the accepted predictor and its permutation are left in `run`."""
         facts, config = run.facts, self.config
         history = facts.setdefault("history", [])
+        if self.start is not None and not history:
+            history += _history(self.start)
+            run.keep("accepted", self.start.predictor.state_dict())
+            run.tensors["orders"] = self.start.permutation.orders
         while len(history) < config.rounds and (not history or history[-1]["kept"]):
             number = len(history) + 1
             target = self.state if number == 1 else self._reconstructed(*self._accepted(run))
@@ -271,6 +311,34 @@ class _Compression:
         predicted |= {name: predicted[owner] for name, owner in self.tied.items()}
         return {**self.state, **{name: t.to(self.state[name].dtype) for name, t in predicted.items()}}
 
+    def _check_start(self, start: Artifact) -> None:
+        config, made = self.config, start.predictor.configuration
+        wanted = new_predictor(self.coverage, config, config.seed).configuration
+        differs = [
+            f"{key} is {made[key]!r} in start and {wanted[key]!r} in config"
+            for key in made
+            if key != "precision" and made[key] != wanted[key]
+        ]
+        if start.coverage.fingerprint != self.coverage.fingerprint:
+            differs.append("the weights that they cover differ")
+        if start.permutation.kind != permutation_kind(config):
+            differs.append(
+                f"permutation is {start.permutation.kind!r} in start and {permutation_kind(config)!r} in config"
+            )
+        if differs:
+            raise ValueError(f"start does not fit: {'; '.join(differs)}. Use continuation(start, config)")
+        for name, tensor in start.kept.items():
+            if not torch.equal(tensor, self.state[name]):
+                raise ValueError(f"start was made from another network: its {name} has other values")
+        if self.guide is not None and self.guide.method == "joint":
+            raise ValueError("joint training begins with a fresh predictor; leave start out, or use method='kd'")
+        rounds = len(_history(start))
+        if self.guide is None and config.rounds <= rounds:
+            raise ValueError(
+                f"start has {rounds} rounds and rounds is {config.rounds}: there is nothing left to do; give "
+                "guide=GuideConfig(), or more rounds"
+            )
+
     def _accuracy(self, state: Mapping[str, Tensor]) -> float | None:
         """On the images that select; None where none do."""
         if self.select == "rmse":
@@ -289,6 +357,11 @@ class _Compression:
             original[name], reconstruction[name] = before.accuracy, after.accuracy
             tests[name] = mcnemar(before.correct, after.correct)
         return original, reconstruction, tests
+
+
+def _history(start: Artifact) -> list[Any]:
+    history: Any = start.metadata.get("history") or []
+    return list(history)
 
 
 def _measuring_splits(data: Splits | None) -> Iterator[tuple[str, ImageSet]]:

@@ -81,6 +81,18 @@ def test_images_phase_2_and_rounds_fill_the_table(network: Path, capsys: pytest.
     assert isinstance(history, list) and history[0]["target_accuracy"] is not None
 
 
+def test_phase_2_starts_from_a_file(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(network) == 0
+    command = ["compress", str(network), "--model", "resnet8", "--out", str(tmp_path / "d.hf"), "--device", "cpu"]
+    assert main([*command, "--start", str(tmp_path / "c.hf"), *_DATA, *_PHASE2]) == 0
+    assert "3 steps" in capsys.readouterr().out
+    first, second = (Artifact.load(tmp_path / name) for name in ("c.hf", "d.hf"))
+    assert second.predictor.configuration == first.predictor.configuration
+    assert not torch.equal(second.predictor.weights[0], first.predictor.weights[0])
+    assert main([*command, "--start", str(tmp_path / "c.hf")]) == 2
+    assert "there is nothing left to do" in error(capsys)
+
+
 def test_a_teacher_of_another_shape_and_noise(network: Path, tmp_path: Path) -> None:
     teacher = weights(tmp_path / "teacher.safetensors", seed=1, shortcut="B")
     noise = ["--noise", "--image", "1", "8", "8"]

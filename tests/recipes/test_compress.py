@@ -18,7 +18,7 @@ from helpers import golden
 from torch import Tensor, nn
 
 from hyperfast.nn import load_nern, nern_state_dict
-from hyperfast.recipes import CompressConfig, GuideConfig, checkpoint, compress
+from hyperfast.recipes import Artifact, CompressConfig, GuideConfig, checkpoint, compress, continuation
 from hyperfast.recipes.compress_config import CompressConfig as Config
 from hyperfast.recipes.compress_run import Run
 from hyperfast.recipes.guided import Guidance
@@ -220,6 +220,63 @@ def test_guidance_resumes_with_the_same_bits(name: str, tmp_path: Path) -> None:
     assert whole.steps == resumed.steps == (6 if name == "joint" else 18)
     again = compress(tiny_task.network(), config, data, folder=tmp_path / "whole", resume=True)
     assert again.rmse == whole.rmse and again.steps == whole.steps
+
+
+@pytest.mark.parametrize("more", [{"guide": GuideConfig(steps=3, batch_size=16)}, {"rounds": 2, "select": "rmse"}])
+def test_what_was_made_before_goes_on_as_if_never_stopped(more: dict[str, Any], tmp_path: Path) -> None:
+    config = settings(permutation="in-filter", select="rmse")
+    first = compress(tiny_task.network(), config, tiny_task.splits())
+    first.artifact.save(tmp_path / "first.hf")
+    start = Artifact.load(tmp_path / "first.hf")
+    later = compress(
+        tiny_task.network(),
+        continuation(start, CompressConfig(device="cpu", log_every=4, **{"select": "rmse", **more})),
+        tiny_task.splits(),
+        start=start,
+        folder=tmp_path / "run",
+    )
+    at_once = compress(
+        tiny_task.network(), settings(permutation="in-filter", **{"select": "rmse", **more}), tiny_task.splits()
+    )
+    expected = at_once.artifact.predictor.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in later.artifact.predictor.state_dict().items())
+    assert torch.equal(later.artifact.permutation.orders, at_once.artifact.permutation.orders)
+    assert [(r.seed, r.rmse) for r in later.history] == [(r.seed, r.rmse) for r in at_once.history]
+    assert later.steps == at_once.steps - first.steps
+    with pytest.raises(ValueError, match="under other settings: start was"):
+        compress(
+            tiny_task.network(),
+            continuation(start, CompressConfig(device="cpu", **{"select": "rmse", **more})),
+            tiny_task.splits(),
+            folder=tmp_path / "run",
+            resume=True,
+        )
+
+
+def test_starts_that_do_not_fit() -> None:
+    network, data, guide = tiny_task.network(), tiny_task.splits(), GuideConfig(steps=2, batch_size=16)
+    start = compress(network, settings()).artifact
+
+    def go_on(network: nn.Module = network, start: Artifact = start, **changes: Any) -> None:
+        compress(network, settings(**{"guide": guide, **changes}), data, start=start)
+
+    with pytest.raises(ValueError, match=r"start does not fit: hidden is 12 in start and 14 in config.*continuation"):
+        go_on(hidden=14)
+    with pytest.raises(ValueError, match="permutation is 'identity' in start and 'in-filter' in config"):
+        go_on(permutation="in-filter")
+    with pytest.raises(ValueError, match="the weights that they cover differ"):
+        go_on(exclude=("layer2.0.weight",))
+    with pytest.raises(ValueError, match=r"made from another network: its .* has other values"):
+        go_on(network=tiny_task.network(seed=1))
+    with pytest.raises(ValueError, match="joint training begins with a fresh predictor"):
+        go_on(guide=GuideConfig(method="joint", steps=2))
+    with pytest.raises(ValueError, match="start has 1 rounds and rounds is 1: there is nothing left to do"):
+        go_on(guide=None)
+    with pytest.raises(ValueError, match="hidden is 14, but start was made with 12; leave it out"):
+        continuation(start, CompressConfig(hidden=14))
+    start = Artifact(start.predictor, start.coverage, start.permutation, start.kept, {})
+    with pytest.raises(ValueError, match="start does not say what it was made with"):
+        continuation(start, CompressConfig())
 
 
 def guidance(guide: GuideConfig, network: nn.Module, teacher: nn.Module, **changes: Any) -> Guidance:
