@@ -1,4 +1,4 @@
-"""Peak memory of one provider on one case.
+"""Peak memory of one provider on one case, and the time of the step.
 
 On the processor it is measured in a fresh process, as the growth of the resident set: that also sees memory which
 torch's allocator does not hand out. On a GPU it is what torch's allocator says.
@@ -13,6 +13,7 @@ import gc
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,12 @@ class Memory:
     Attributes:
         state: held before the first step: inputs, parameters.
         peak: the most that was held during a step, the state included.
+        milliseconds: of the last step on the processor.
     """
 
     state: float
     peak: float
+    milliseconds: float = 0.0
 
 
 def measure_on_gpu(build: Callable[[], Work]) -> Memory:
@@ -50,7 +53,7 @@ def measure_on_gpu(build: Callable[[], Work]) -> Memory:
     return Memory(state / MIB, (torch.cuda.max_memory_allocated() - before) / MIB)
 
 
-def measure_in_process(op: str, case: str, provider: str, threads: int, timeout: float = 600.0) -> Memory | None:
+def measure_in_process(op: str, case: str, provider: str, threads: int, timeout: float = 1800.0) -> Memory | None:
     """Memory on the processor, from a process of its own; None where /proc does not tell."""
     command = [sys.executable, __file__, "--op", op, "--case", case, "--provider", provider, "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -78,9 +81,11 @@ def _measure_here(op: Operation, case: str, provider: str) -> Memory | None:
     work.step()  # a compiler's own memory is not the step's
     gc.collect()
     _reset_peak()
-    for _ in range(2):
+    for _ in range(1 if op.case(case).heavy else 2):
+        start = time.perf_counter()
         work.step()
-    return Memory((state - baseline) / MIB, (_resident("VmHWM") - baseline) / MIB)
+        seconds = time.perf_counter() - start
+    return Memory((state - baseline) / MIB, (_resident("VmHWM") - baseline) / MIB, 1e3 * seconds)
 
 
 def _resident(field: str) -> int:

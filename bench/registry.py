@@ -21,7 +21,7 @@ import hyperfast
 _Named = TypeVar("_Named", "Case", "Provider")
 
 NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
-NAMES += ("training_step",)
+NAMES += ("permutation", "training_step")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,14 @@ class Case:
         name: as it stands in tables.
         options: what `Operation.inputs` builds it from.
         small: a size for tests and for a look whether everything runs; not worth a number in a table.
+        heavy: minutes and most of the memory for one step: every provider makes two in a process of its own, of which
+            the second is measured. Nothing is compared with float64; the other cases do that.
     """
 
     name: str
     options: Mapping[str, Any]
     small: bool = False
+    heavy: bool = False
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_cases(op: Operation, patterns: Sequence[str] | None, small: bool) -> list[Case]:
-    """Cases whose name contains one of `patterns`; without patterns the small or the large ones."""
+    """Cases whose name contains one of `patterns`; without patterns the small or the large ones, none that is heavy."""
     if patterns is None:
-        return [case for case in op.cases if case.small == small]
+        return [case for case in op.cases if case.small == small and not case.heavy]
     return [case for case in op.cases if any(pattern in case.name for pattern in patterns)]
 
 
@@ -95,9 +95,11 @@ def chosen_providers(op: Operation, settings: Settings) -> list[Provider]:
 
 def measure(op: Operation, case: Case, settings: Settings, ceilings: Ceilings) -> tuple[list[dict[str, str]], bool]:
     """Rows of one case, and whether all providers were right."""
+    if case.heavy:
+        return _measured_apart(op, case, settings, ceilings), True
     torch.compiler.reset()
     device = settings.device
-    traffic, flops = op.traffic(case.options), op.flops(case.options)
+    traffic = op.traffic(case.options)
     sets = [op.inputs(case.options, device, seed) for seed in range(timing.sets_needed(traffic, device))]
     works, errors, right = _checked(op, chosen_providers(op, settings), sets)
     if not works:
@@ -116,34 +118,58 @@ def measure(op: Operation, case: Case, settings: Settings, ceilings: Ceilings) -
     rows = []
     for mode, by_provider in times.items():
         for name, found in by_provider.items():
-            eager = used.get(name) if mode == "eager" else None
-            gbps = traffic / found.median / 1e6
-            rows.append(
-                {
-                    "op": op.name,
-                    "case": case.name,
-                    "provider": name,
-                    "device": device.type,
-                    "mode": mode,
-                    "median_ms": f"{found.median:.4g}",
-                    "p20_ms": f"{found.p20:.4g}",
-                    "p80_ms": f"{found.p80:.4g}",
-                    "repeats": str(found.repeats),
-                    "state_mib": f"{eager.state:.0f}" if eager else "",
-                    "peak_mib": f"{eager.peak:.0f}" if eager else "",
-                    "bytes": str(traffic),
-                    "flops": str(flops),
-                    "gbps": f"{gbps:.4g}" if traffic else "",
-                    "percent_copy": f"{100 * gbps / ceilings.copy_gbps:.1f}" if traffic else "",
-                    "percent_matmul": f"{100 * flops / found.median / 1e6 / ceilings.matmul_gflops:.1f}",
-                    "copy_gbps": f"{ceilings.copy_gbps:.4g}",
-                    "matmul_gflops": f"{ceilings.matmul_gflops:.4g}",
-                    "kernels": str(kernels.get(name, "")),
-                    "error": f"{errors[name]:.1e}",
-                    "verified": "yes" if settings.verified else "no",
-                }
-            )
+            row = _row(op, case, name, settings, ceilings, found, used.get(name) if mode == "eager" else None)
+            rows.append({**row, "mode": mode, "kernels": str(kernels.get(name, "")), "error": f"{errors[name]:.1e}"})
     return rows, right
+
+
+def _measured_apart(op: Operation, case: Case, settings: Settings, ceilings: Ceilings) -> list[dict[str, str]]:
+    """Rows of a heavy case."""
+    if settings.device.type == "cuda":
+        print("  left out: on a GPU it is measured in one process, which this case is too large for")
+        return []
+    rows = []
+    for provider in chosen_providers(op, settings):
+        found = memory.measure_in_process(op.name, case.name, provider.name, torch.get_num_threads())
+        if found is not None:
+            once = timing.Quantiles.of([found.milliseconds])
+            rows.append({**_row(op, case, provider.name, settings, ceilings, once, found), "error": ""})
+    return rows
+
+
+def _row(
+    op: Operation,
+    case: Case,
+    provider: str,
+    settings: Settings,
+    ceilings: Ceilings,
+    found: timing.Quantiles,
+    used: memory.Memory | None,
+) -> dict[str, str]:
+    traffic, flops = op.traffic(case.options), op.flops(case.options)
+    gbps = traffic / found.median / 1e6
+    return {
+        "op": op.name,
+        "case": case.name,
+        "provider": provider,
+        "device": settings.device.type,
+        "mode": "eager",
+        "median_ms": f"{found.median:.4g}",
+        "p20_ms": f"{found.p20:.4g}",
+        "p80_ms": f"{found.p80:.4g}",
+        "repeats": str(found.repeats),
+        "state_mib": f"{used.state:.0f}" if used else "",
+        "peak_mib": f"{used.peak:.0f}" if used else "",
+        "bytes": str(traffic),
+        "flops": str(flops),
+        "gbps": f"{gbps:.4g}" if traffic else "",
+        "percent_copy": f"{100 * gbps / ceilings.copy_gbps:.1f}" if traffic else "",
+        "percent_matmul": f"{100 * flops / found.median / 1e6 / ceilings.matmul_gflops:.1f}",
+        "copy_gbps": f"{ceilings.copy_gbps:.4g}",
+        "matmul_gflops": f"{ceilings.matmul_gflops:.4g}",
+        "kernels": "",
+        "verified": "yes" if settings.verified else "no",
+    }
 
 
 def _captured(works: Mapping[str, Sequence[Work]]) -> dict[str, list[timing.Step]]:

@@ -1,8 +1,9 @@
-"""A whole step of phase 1 for ResNet-20: rows are drawn, the loss and its gradient, Ranger."""
+"""A whole step of phase 1: rows are drawn, the loss and its gradient, Ranger."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from hyperfast import functional, models, reference, surgery
 from hyperfast.nn import WeightPredictor
 from hyperfast.recipes import CompressConfig
 from hyperfast.recipes.reconstruction import Reconstruction, Targets, new_predictor
-from operations import predict, ranger_update
+from operations import ranger_update
 
 _CHUNK = 4096  # rows of one call in NeRN
 _CONFIG = CompressConfig(permutation="identity", min_lr=5e-3, device="cpu")
@@ -38,19 +39,30 @@ class Inputs:
 
 
 def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> Inputs:
-    """The kernels of an untrained ResNet-20 (N = 29,744)."""
-    changes = {name: options[name] for name in ("hidden", "batch_rows", "rmse", "precision")}
+    """The kernels of an untrained network."""
+    changes = {name: options[name] for name in ("hidden", "batch_rows", "rmse", "precision", "sampling")}
     config = replace(_CONFIG, device=str(device), **changes)
     with drawing(seed):
-        state = models.create("resnet20").state_dict()
-        rows = torch.randperm(29_744)[: config.batch_rows].to(device)
-    coverage = surgery.cover(models.create("resnet20"), policy="nern")
-    return Inputs(new_predictor(coverage, config, seed), dict(state), coverage, config, rows)
+        network = _network(options["network"])
+        coverage = surgery.cover(network, policy="nern")
+        rows = torch.randperm(coverage.rows)[: config.batch_rows].to(device)
+    return Inputs(new_predictor(coverage, config, seed), dict(network.state_dict()), coverage, config, rows)
 
 
-def _work(build: Callable[[Inputs, WeightPredictor], tuple[Callable[[], Any], Callable[[Tensor], Tensor]]]) -> Any:
-    """`build` returns the step, and what leaves gradients through given rows and returns the loss."""
+def _network(name: str) -> nn.Module:
+    """A ResNet-20, or the sixteen 3x3 convolutions of a ResNet-18 for ImageNet, which is all that NeRN covers of it."""
+    if name != "resnet18":
+        return models.create(name)
+    widths = [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4
+    pairs = itertools.pairwise(widths)
+    return nn.Sequential(*(nn.Conv2d(channels, filters, 3, bias=False) for channels, filters in pairs))
 
+
+# A step, and what leaves gradients through given rows, or all, and returns the loss.
+Built = tuple[Callable[[], Any], Callable[[Tensor | None], Tensor]]
+
+
+def _work(build: Callable[[Inputs, WeightPredictor], Built]) -> Any:
     def make(inputs: Inputs) -> Work:
         predictor = copy.deepcopy(inputs.predictor)
         move, _ = build(inputs, predictor)
@@ -70,7 +82,7 @@ def _work(build: Callable[[Inputs, WeightPredictor], tuple[Callable[[], Any], Ca
     return make
 
 
-def _fused(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
+def _fused(inputs: Inputs, predictor: WeightPredictor) -> Built:
     training = Reconstruction(predictor, inputs.targets(), inputs.config, seed=0)
     return training.step, training.gradient
 
@@ -80,15 +92,19 @@ Errors = Callable[[Tensor | None], Tensor]  # rows, or all -> sum of squares
 
 def _plain(
     inputs: Inputs, predictor: WeightPredictor, errors: Errors, update: Callable[[list[nn.Parameter]], Any]
-) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
+) -> Built:
     """The loss as the recipe has it, whatever computes sums of squares and updates parameters."""
     targets, config = inputs.targets(), inputs.config
     norms, count = targets.rows.norm(dim=1), targets.rows.numel()
     running = targets.rmse(predictor).square()
     move: Callable[[], Any] | None = None
 
-    def gradient(rows: Tensor) -> Tensor:
+    def gradient(rows: Tensor | None) -> Tensor:
         predictor.zero_grad()
+        if rows is None:
+            found = (errors(None) / count).sqrt()
+            found.backward()
+            return found.detach()
         if config.rmse == "full":
             with torch.no_grad():
                 loss = (errors(None) / count).sqrt()
@@ -99,7 +115,10 @@ def _plain(
 
     def step() -> None:
         nonlocal move
-        if torch.rand(()) < config.uniform:
+        rows: Tensor | None
+        if config.sampling == "all":
+            rows = None
+        elif torch.rand(()) < config.uniform:
             rows = torch.randperm(len(norms), device=norms.device)[: config.batch_rows]
         else:
             rows = torch.multinomial(norms, config.batch_rows, replacement=True)
@@ -110,7 +129,7 @@ def _plain(
     return step, gradient
 
 
-def _nern(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
+def _nern(inputs: Inputs, predictor: WeightPredictor) -> Built:
     """The embedding of every row in memory, all rows predicted in chunks, those of the batch once more with grad."""
     tables = [table[predictor.indices[:, j]] for j, table in enumerate(predictor.embeddings)]
     embedding, targets = torch.cat(tables, 1), inputs.targets().rows
@@ -129,7 +148,7 @@ def _nern(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any]
     return _plain(everything, predictor, errors, ranger_update._per_tensor)
 
 
-def _compiled(inputs: Inputs, predictor: WeightPredictor) -> tuple[Callable[[], Any], Callable[[Tensor], Tensor]]:
+def _compiled(inputs: Inputs, predictor: WeightPredictor) -> Built:
     """The recipe's own arithmetic in plain PyTorch, through the compiler."""
     error, targets = torch.compile(reference.squared_error, fullgraph=True), inputs.targets().rows
 
@@ -155,23 +174,28 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _flops(options: Mapping[str, Any]) -> int:
-    rmse = options["rmse"] == "full"
-    return predict._flops({"depth": 20, "hidden": options["hidden"], "batch": options["batch_rows"], "rmse": rmse})
+    """Of the hidden layers and the last, whose backward is two products as large; tables are next to nothing."""
+    hidden, rows = options["hidden"], surgery.cover(_network(options["network"]), policy="nern").rows
+    differentiated = rows if options["sampling"] == "all" else options["batch_rows"]
+    only_predicted = rows if options["rmse"] == "full" and options["sampling"] != "all" else 0
+    return 2 * (3 * hidden * hidden + 9 * hidden) * (3 * differentiated + only_predicted)
 
 
-def _case(name: str, hidden: int, rmse: str, precision: str, batch_rows: int = 4096, small: bool = False) -> Case:
-    options = {"hidden": hidden, "batch_rows": batch_rows, "rmse": rmse, "precision": precision}
-    return Case(name, options, small)
+def _case(name: str, hidden: int, **options: Any) -> Case:
+    default = {"network": "resnet20", "batch_rows": 4096, "rmse": "running", "precision": "fp32"}
+    flags = {flag: options.pop(flag, False) for flag in ("small", "heavy")}
+    return Case(name, {**default, "sampling": "random_weighted", "hidden": hidden, **options}, **flags)
 
 
 OPERATION = Operation(
     name="reconstruction_step",
-    title="A whole reconstruction step for ResNet-20: draw 4096 of 29,744 rows, loss, gradient, Ranger",
+    title="A whole reconstruction step: for ResNet-20 draw 4096 of 29,744 rows, loss, gradient, Ranger",
     cases=[
-        _case("h=140, running RMSE", 140, "running", "fp32"),
-        _case("h=140, full RMSE", 140, "full", "fp32"),
-        _case("h=140, running RMSE, bf16", 140, "running", "bf16"),
-        _case("h=16, 256 rows", 16, "running", "fp32", 256, small=True),
+        _case("h=140, running RMSE", 140),
+        _case("h=140, full RMSE", 140, rmse="full"),
+        _case("h=140, running RMSE, bf16", 140, precision="bf16"),
+        _case("ResNet-18, h=1024, all rows", 1024, network="resnet18", sampling="all", rmse="full", heavy=True),
+        _case("h=16, 256 rows", 16, batch_rows=256, small=True),
     ],
     providers=[
         *hyperfast_providers(_work(_fused))[:1],
