@@ -49,7 +49,7 @@ class GuideOptions:
         phase2_batch_size: images per step.
         phase2_batch_rows: kernels per step that get a gradient. Default: all, joint 4096.
         phase2_optimizer: ranger or adam.
-        phase2_lr: learning rate. Default: 1e-3, joint that of the reconstruction.
+        phase2_lr: learning rate. Default: 3e-4, joint that of the reconstruction.
         amp: bf16 runs network and teacher in bfloat16 where that is safe.
     """
 
