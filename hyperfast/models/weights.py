@@ -17,6 +17,11 @@ __all__ = ["Checkpoint", "load_weights", "read_checkpoint"]
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel, torch.compile
 _CLASSIFIERS = ("fc", "linear", "classifier")
 _NESTS = ("state_dict", "model", "model_state_dict")
+# What names that do not fit have in common -> what to do about it.
+_HINTS = {
+    ".downsample.": "\n  The shortcuts differ: ResNets with shortcut='B' have weights under `downsample`, with 'A' not.",
+    ".rbr_reparam.": "\n  One of the two is fused: a RepVGG takes fused weights with deploy=True, others without.",
+}
 # What torch.load raises on bytes that are no checkpoint depends on where it notices; OSError where it seeks outside.
 _UNREADABLE = (
     SafetensorError,
@@ -99,9 +104,8 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
             tensors.setdefault(name, own[name])
     complaints = _differences(own, tensors)
     if complaints:
-        hint = ""
-        if any(".downsample." in name for name in own.keys() ^ tensors.keys()):
-            hint = "\n  The shortcuts differ: ResNets with shortcut='B' have weights under `downsample`, with 'A' not."
+        differing = own.keys() ^ tensors.keys()
+        hint = "".join(hint for part, hint in _HINTS.items() if any(part in name for name in differing))
         raise ValueError(
             f"{path} holds the weights of another architecture than this {type(model).__name__}:\n  "
             + "\n  ".join(complaints)
