@@ -32,6 +32,7 @@ class RepVGGBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, deploy: bool = False) -> None:
         super().__init__()
+        self.stride = stride
         self.rbr_reparam: nn.Conv2d | None = None
         self.rbr_identity: nn.BatchNorm2d | None = None
         if deploy:
@@ -65,9 +66,8 @@ class RepVGGBlock(nn.Module):
             scale, shift = _scale_and_shift(self.rbr_identity)
             pointwise = pointwise + scale.diag()[:, :, None, None]
             bias = bias + shift
-        conv = self.rbr_dense.conv
         # On meta, so that no random numbers are drawn for weights that are replaced at once.
-        fused = nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1, device="meta")
+        fused = nn.Conv2d(weight.shape[1], weight.shape[0], 3, self.stride, 1, device="meta")
         fused.weight = nn.Parameter(weight + F.pad(pointwise, (1, 1, 1, 1)))
         fused.bias = nn.Parameter(bias)
         del self.rbr_dense, self.rbr_1x1

@@ -130,7 +130,8 @@ def test_a_hypernetised_network_learns_from_the_taps_of_its_teacher(name):
         teacher(images)
     assert list(stages.student) == list(stages.teacher)
     (hyperfast.losses.AttentionTransfer(beta=1000)(stages.student, stages.teacher) + logits.square().sum()).backward()
-    for target, gradient in zip(student.targets, student.theta0.grad.split([t.numel for t in student.targets])):
+    gradients = student.theta0.grad.split([target.numel for target in student.targets])
+    for target, gradient in zip(student.targets, gradients, strict=True):
         assert gradient.any(), target.name
     plain = student.materialize()
     assert type(plain) is type(teacher)
@@ -205,7 +206,8 @@ def test_the_weights_of_another_family_are_refused(name, tmp_path):
     model = models.create(name, **NARROW[name])
     with pytest.raises(ValueError, match=rf"another architecture than this {type(model).__name__}") as caught:
         models.load_weights(model, tmp_path / "weights.pt")
-    missing, unexpected, *_ = str(caught.value).splitlines()[1:]
+    missing, unexpected, *others = str(caught.value).splitlines()[1:]
+    assert all("of another shape" in line for line in others), "a hint is for another form of the same network"
     for line, kind in ((missing, "missing from"), (unexpected, "unexpected in")):
         head, _, listed = line.partition(" the file: ")
         assert head.endswith(kind)
