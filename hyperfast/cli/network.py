@@ -18,7 +18,9 @@ from hyperfast.recipes import checkpoint
 
 RUN = "run.json"
 _OF_RUN = ("best.safetensors", "last.safetensors", "checkpoint.safetensors")
-_CLASSIFIERS = ("fc", "linear", "classifier", "classifier.6")
+_CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1", "classifier.6")
+# The first convolution of hyperfast's own models: ResNet, VGG, MobileNet, ShuffleNet, RepVGG and fused RepVGG.
+_STEMS = ("conv1", "features.0", "features.0.0", "conv1.0", "stage0.rbr_dense.conv", "stage0.rbr_reparam")
 
 
 @dataclass(frozen=True)
@@ -200,15 +202,17 @@ def numbers_in(metadata: Mapping[str, str], key: str, path: Path) -> tuple[float
 
 
 def options_in(tensors: Mapping[str, Tensor], model: str) -> dict[str, Any]:
-    """Options of one of hyperfast's own models, read off the weights of a file: width, channels and shortcut."""
+    """Options of one of hyperfast's own models that are seen from the weights of a file."""
     if model not in models.names():
         return {}
-    first = tensors.get("conv1.weight", tensors.get("features.0.weight"))
+    first = next((tensors[f"{stem}.weight"] for stem in _STEMS if f"{stem}.weight" in tensors), None)
     if first is None or first.ndim != 4:
         return {}
     options: dict[str, Any] = {"width": first.shape[0], "in_channels": first.shape[1]}
     if model.startswith("resnet"):
         options["shortcut"] = "B" if any(".downsample." in name for name in tensors) else "A"
+    if model.startswith("repvgg"):
+        options["deploy"] = "stage0.rbr_reparam.weight" in tensors
     return options
 
 

@@ -21,8 +21,9 @@ class Train:
 
     Attributes:
         images: what to learn from.
-        model: resnet8 (for digits), resnet20, 32, 44, 56, vgg11_bn, 13, 16, 19; timm:NAME or torchvision:NAME where
-            those packages are installed; or package.module:function.
+        model: resnet8 (for digits), resnet20, 32, 44, 56, vgg11_bn, 13, 16, 19, mobilenetv2_x0_5, x0_75, x1_0, x1_4,
+            shufflenetv2_x0_5, x1_0, x1_5, x2_0, repvgg_a0, a1, a2; timm:NAME or torchvision:NAME where those packages
+            are installed; or package.module:function.
         option: option of the model, such as width=8 or shortcut=B; may be given several times.
         weights: file of weights to start from (safetensors, or a state dict of torch.save); hypernetised, theta0
             starts there.

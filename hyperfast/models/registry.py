@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hyperfast.models import resnet, vgg
+from hyperfast.models import mobilenet, repvgg, resnet, shufflenet, vgg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -28,6 +28,17 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         vgg.vgg13_bn,
         vgg.vgg16_bn,
         vgg.vgg19_bn,
+        mobilenet.mobilenetv2_x0_5,
+        mobilenet.mobilenetv2_x0_75,
+        mobilenet.mobilenetv2_x1_0,
+        mobilenet.mobilenetv2_x1_4,
+        shufflenet.shufflenetv2_x0_5,
+        shufflenet.shufflenetv2_x1_0,
+        shufflenet.shufflenetv2_x1_5,
+        shufflenet.shufflenetv2_x2_0,
+        repvgg.repvgg_a0,
+        repvgg.repvgg_a1,
+        repvgg.repvgg_a2,
     )
 }
 
@@ -44,8 +55,9 @@ def create(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
         name: one of `names()`; `timm:NAME` or `torchvision:NAME` for a model of those packages (which must be
             installed); or `package.module:function` for any importable function that returns a module.
         num_classes: width of the logits.
-        options: passed on, after `num_classes`, as keywords. Own models have `in_channels` and `width`, ResNets also
-            `shortcut`, VGGs also `dropout`. For what the others take, see there.
+        options: passed on, after `num_classes`, as keywords. Own models have `in_channels` and `width` (channels of the
+            first layer, the others in proportion), ResNets also `shortcut`, VGGs and MobileNets `dropout`, RepVGGs
+            `deploy`. For what the others take, see there.
 
     Raises:
         ValueError: an unknown name or option of an own model, with the nearest ones.

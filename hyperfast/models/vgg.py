@@ -29,7 +29,11 @@ class VGG(nn.Module):
 
     Convolutions start from Kaiming's normal distribution in mode `fan_out`, linear weights from N(0, 0.01^2), all
     biases from 0.
+
+    `taps(at="activations")` reads `features` alone: what the classifier's activations read has no positions.
     """
+
+    tap_activations = ("features.*",)
 
     def __init__(
         self,

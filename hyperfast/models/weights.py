@@ -17,6 +17,11 @@ __all__ = ["Checkpoint", "load_weights", "read_checkpoint"]
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel, torch.compile
 _CLASSIFIERS = ("fc", "linear", "classifier")
 _NESTS = ("state_dict", "model", "model_state_dict")
+# What names that do not fit have in common -> what to do about it.
+_HINTS = {
+    ".downsample.": "The shortcuts differ: ResNets with shortcut='B' have weights under `downsample`, with 'A' not.",
+    ".rbr_reparam.": "One of the two is fused: a RepVGG takes fused weights with deploy=True, others without.",
+}
 # What torch.load raises on bytes that are no checkpoint depends on where it notices; OSError where it seeks outside.
 _UNREADABLE = (
     SafetensorError,
@@ -99,13 +104,10 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
             tensors.setdefault(name, own[name])
     complaints = _differences(own, tensors)
     if complaints:
-        hint = ""
-        if any(".downsample." in name for name in own.keys() ^ tensors.keys()):
-            hint = "\n  The shortcuts differ: ResNets with shortcut='B' have weights under `downsample`, with 'A' not."
+        complaints += _hints(own, checkpoint.tensors)
         raise ValueError(
             f"{path} holds the weights of another architecture than this {type(model).__name__}:\n  "
             + "\n  ".join(complaints)
-            + hint
         )
     model.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()})
     return checkpoint.metadata
@@ -182,4 +184,18 @@ def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> li
         f"{len(found)} {kind}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
         for kind, found in kinds.items()
         if found
+    ]
+
+
+def _hints(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """For blocks that the model and the file both have, so that a whole other family gets none."""
+
+    def in_both(block: str) -> bool:
+        return all(any(name.startswith(f"{block}.") for name in state) for state in (own, tensors))
+
+    differing = own.keys() ^ tensors.keys()
+    return [
+        hint
+        for part, hint in _HINTS.items()
+        if any(part in name and in_both(name.partition(part)[0]) for name in differing)
     ]

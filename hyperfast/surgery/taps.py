@@ -145,7 +145,8 @@ def taps(
               numbered stages (`layer1`, `stage2`, `blocks.3`, ...); else, for a Sequential called `features`, the
               inputs of the layers that shrink the map and the output of the last layer.
             - `"activations"`: the *input* of every activation module (pre-activation maps, as activation-boundary
-              distillation needs).
+              distillation needs); where the model declares `tap_activations` (globs), of those that match. A VGG does:
+              the activations of its classifier follow no feature map.
             - a glob over module paths, or several; `*` matches dots too. `":input"` or `":output"` may follow, the
               default is the output.
             - `predicate(path, module)`, returning True or `"output"`, `"input"`, or False.
@@ -198,6 +199,9 @@ def find_taps(model: nn.Module, at: At = "stages") -> list[Tap]:
     if callable(at):
         found = _by_predicate(modules, at)
     elif at == "activations":
+        declared = getattr(model, "tap_activations", None)
+        if declared is not None:
+            modules = {tap.path: tap.module for tap in _by_globs(modules, declared, "tap_activations of the model")}
         found = [Tap(path, module, "input") for path, module in modules.items() if isinstance(module, ACTIVATIONS)]
     elif at == "stages":
         declared = getattr(model, "tap_stages", None)

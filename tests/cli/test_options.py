@@ -106,6 +106,17 @@ def test_options_of_a_vgg() -> None:
     assert classes_in(model.state_dict()) == 5
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2_x1_4", "shufflenetv2_x1_5", "repvgg_a2"])
+def test_options_of_the_other_families(name: str) -> None:
+    network = Network(name, 7, {"width": 8, "in_channels": 1} | ({"deploy": True} if name == "repvgg_a2" else {}))
+    state = network.build(0).state_dict()
+    assert options_in(state, name) == network.options
+    assert classes_in(state) == 7
+    with torch.device("meta"):
+        whole = models.create(name).state_dict()
+    assert models.create(name, **options_in(whole, name)).state_dict().keys() == whole.keys()
+
+
 def _run(epochs: int = 1) -> Run:
     network = Network("resnet8", 10, {"in_channels": 1}, HypernetOptions(select=("layer1.*",)))
     return Run(network, (1, 8, 8), (0.3,), (0.4,), {"epochs": epochs})

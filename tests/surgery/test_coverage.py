@@ -98,6 +98,27 @@ def test_nern_covers_the_features_of_squeezenet_and_what_fits_of_mobilenet() -> 
     assert len(mobile.tensors) == len([p for p in MobileNetV2().parameters() if p.ndim == 4])
 
 
+@pytest.mark.parametrize(
+    ("name", "tensors", "kernels", "depthwise"),
+    [("mobilenetv2_x0_5", 52, 639_824, 17), ("shufflenetv2_x0_5", 56, 325_008, 19), ("repvgg_a0", 44, 1_560_864, 0)],
+)
+def test_depthwise_and_pointwise_kernels_of_the_zoo(name: str, tensors: int, kernels: int, depthwise: int) -> None:
+    with torch.device("meta"):
+        whole = models.create(name, num_classes=100)
+    coverage = cover(whole, policy="nern")
+    assert (len(coverage.tensors), coverage.rows) == (tensors, kernels)
+
+    narrow = models.create(name, width=8)
+    state = narrow.state_dict()
+    for coverage in (cover(narrow), cover(narrow, policy="nern")):
+        coverage.check(narrow)
+        back = coverage.scatter(coverage.gather(state))
+        assert sum(weight.ndim == 4 for weight in back.values()) == tensors
+        assert sum(weight.shape[1:] == (1, 3, 3) for weight in back.values()) == depthwise
+        assert all(torch.equal(weight, state[key]) for key, weight in back.items())
+    assert coverage.weights == sum(weight.numel() for key, weight in state.items() if weight.ndim == 4)
+
+
 def test_every_weight_of_attention_is_covered() -> None:
     names = {tensor.name for tensor in cover(ViT()).tensors}
     assert "blocks.0.attention.in_proj_weight" in names

@@ -107,6 +107,16 @@ def identities(count: int) -> list[nn.Module]:
     return [nn.Identity() for _ in range(count)]
 
 
+def test_a_model_declares_which_activations_are_tapped():
+    model = named(features=nn.Sequential(nn.Linear(2, 2), nn.ReLU()), classifier=nn.Sequential(nn.ReLU(), nn.Tanh()))
+    assert paths(model, "activations") == ["features.1:input", "classifier.0:input", "classifier.1:input"]
+    model.tap_activations = ("features.*", "classifier.1")
+    assert paths(model, "activations") == ["features.1:input", "classifier.1:input"]
+    model.tap_activations = ("stem.*",)
+    with pytest.raises(ValueError, match=r"tap_activations of the model: 'stem\.\*' matches no module"):
+        paths(model, "activations")
+
+
 def test_stages_of_resnet_by_name(net):
     assert paths(net) == ["layer1:output", "layer2:output"]
 
