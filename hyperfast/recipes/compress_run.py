@@ -205,8 +205,7 @@ class Run:
         metadata: Any = saved.metadata
         if metadata.get("kind") != _KIND:
             raise ValueError(f"{saved.path} is not of a compression; it cannot be resumed as one")
-        before, now = metadata["settings"], checkpoint.as_json(self.settings)
-        assert isinstance(now, dict)
+        before, now = _flat(metadata["settings"]), _flat(checkpoint.as_json(self.settings))
         changed = [
             f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -234,3 +233,11 @@ class Run:
             f"{name}: the loss or the weights are not finite any more after step {made}. A lower lr may help; where "
             f"precision is 'bf16', so may 'fp32'. {kept}"
         )
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings within settings by names such as `guide.epochs`."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -467,6 +467,10 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         compress(tiny_task.network(), settings(hidden=13), folder=tmp_path, resume=True)
     with pytest.raises(ValueError, match="under other settings: network was"):
         compress(tiny_task.network(seed=1), settings(), folder=tmp_path, resume=True)
+    once, twice = (settings(guide=GuideConfig(noise=True, image=(3, 8, 8), steps=steps)) for steps in (1, 2))
+    compress(tiny_task.network(), once, folder=tmp_path / "guided")
+    with pytest.raises(ValueError, match=r"under other settings: guide\.steps was 1 and is now 2\. Resume"):
+        compress(tiny_task.network(), twice, folder=tmp_path / "guided", resume=True)
     with pytest.raises(ValueError, match="resume needs a folder"):
         compress(tiny_task.network(), settings(), resume=True)
     checkpoint.save(tmp_path / "other" / "checkpoint.safetensors", {"w": torch.ones(1)}, {"kind": "training"})
