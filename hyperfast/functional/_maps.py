@@ -73,7 +73,9 @@ def choose_teacher(
     """
     if (teacher is None) == (statistics is None):
         given = "neither" if teacher is None else "both"
-        raise ValueError(f"teacher and statistics: {given} given; give the teacher's maps, or what {source}() makes of them")
+        raise ValueError(
+            f"teacher and statistics: {given} given; give the teacher's maps, or what {source}() makes of them"
+        )
     if teacher is None:
         return []
     if len(student) != len(teacher):

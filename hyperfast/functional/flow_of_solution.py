@@ -77,7 +77,7 @@ def flow_of_solution(
                 f"tap {index}: {s.shape[1]} student channels, {t.shape[1]} teacher channels; "
                 "their matrices need equal sizes: choose other taps"
             )
-    chosen = _check_pairs(pairs, len(student))
+    chosen = check_pairs(pairs, len(student))
     known = [] if statistics is None else _check_statistics(student, list(statistics), chosen)
     students, flat = _maps_of_pairs([list(student), *([teachers] if teachers else [])], chosen, pool)
     arguments = (students[0], students[1] if teachers else [], known, flat, reduction, normalize)
@@ -96,8 +96,8 @@ def flow_of_solution(
 def flow_statistics(teacher: Sequence[Tensor], *, pairs: Pairs | None = None, pool: str = "avg") -> list[Tensor]:
     """G of all pairs of taps of a teacher, `[B, C1, C2]` each, in float32 (float64 for float64 maps).
 
-    They are all that `flow_of_solution` needs of the maps. Each depends on one sample only, so that they may be computed
-    once for a whole set of images.
+    They are all that `flow_of_solution` needs of the maps. Each sample has its own, so that they may be computed once for
+    a whole set of images.
 
     Args:
         teacher: feature maps `[B, C, *spatial]` of one batch.
@@ -110,7 +110,7 @@ def flow_statistics(teacher: Sequence[Tensor], *, pairs: Pairs | None = None, po
     check_choice("pool", pool, tuple(POOLS))
     maps = [t.detach() for t in teacher]
     _check_maps(maps, [])
-    (used,), flat = _maps_of_pairs([maps], _check_pairs(pairs, len(maps)), pool)
+    (used,), flat = _maps_of_pairs([maps], check_pairs(pairs, len(maps)), pool)
     statistics: list[Tensor] = _op.flow_statistics(used, flat)
     return statistics
 
@@ -122,14 +122,17 @@ def _check_maps(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
             raise ValueError(f"a map is {list(features.shape)}; expected {_SHAPE}")
 
 
-def _check_pairs(pairs: Pairs | None, taps: int) -> list[tuple[int, int]]:
+def check_pairs(pairs: Pairs | None, taps: int) -> list[tuple[int, int]]:
+    """The pairs of `taps` taps that there is a loss for; a ValueError unless there are some, of taps that exist."""
     if pairs is None:
         if taps < 2:
             raise ValueError("one tap; the flow is that between two, tap at least two")
         return list(pairwise(range(taps)))
     chosen = [(first, second) for first, second in pairs]
     if not chosen:
-        raise ValueError("pairs is empty; name at least one pair of taps, or leave it out for those that follow each other")
+        raise ValueError(
+            "pairs is empty; name at least one pair of taps, or leave it out for those that follow each other"
+        )
     for pair in chosen:
         if not all(0 <= tap < taps for tap in pair):
             raise ValueError(f"pairs holds {pair}, but the taps are 0 to {taps - 1}")

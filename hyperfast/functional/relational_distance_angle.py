@@ -52,8 +52,8 @@ def relational_distance_angle(
             batch sizes or devices; statistics of another shape; both or neither of teacher and statistics.
 
     Notes:
-        Invariant to scale and shift of either map (with `normalize` to neither shift; to the scale of each sample).
-        Two samples have one distance, its own mean, and no angle that could differ: their loss is always 0. Means
+        Invariant to scale and shift of either map; with `normalize` to the scale of every single sample, but to no
+        shift. Two samples have one distance, its own mean, and no angle that could differ: their loss is 0. Means
         include i = j and degenerate angles, which contribute 0. Everything follows from the Gram matrix of the samples
         less their mean; no tensor of B x B x D or B x B x B is made. Squared distances below 1e-12, and those below 8
         units in the last place of what they are the difference of, are taken as 1e-12 without gradient: equal samples,

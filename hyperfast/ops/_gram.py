@@ -1,7 +1,7 @@
 """What the losses between Gram matrices of samples share: how they read maps, and `hyperfast::gram_backward`.
 
-Such a loss leaves one small matrix per tap, M = dL/dG. The backward needs it and the student's maps, and is the same for
-all of them: dX = (M + M^T) X.
+Such a loss leaves one small matrix per tap, M = dL/dG. The backward needs it and the student's maps, and is the same
+for all of them: dX = (M + M^T) X.
 """
 
 from __future__ import annotations

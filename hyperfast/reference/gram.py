@@ -1,4 +1,4 @@
-"""Gram matrices of the samples of a batch: what similarity preserving and the relational losses see of a feature map."""
+"""Gram matrices of the samples of a batch: what similarity preserving and the relational losses see of a map."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class _Samples:
         squared = total - 2 * g
         noise = (NOISE * torch.finfo(g.dtype).eps * total).detach()
         own = torch.eye(len(g), dtype=torch.bool, device=g.device)
-        near, without = ((squared.detach() <= least) | (squared.detach() <= noise) for least in (NEAREST, NEAREST_OF_ANGLES))
+        near, without = (
+            (squared.detach() <= least) | (squared.detach() <= noise) for least in (NEAREST, NEAREST_OF_ANGLES)
+        )
         distance = torch.where(near, NEAREST, squared).sqrt().masked_fill(own, 0)
         inverse = torch.where(without | own, 1, squared).rsqrt().masked_fill(without | own, 0)
         return cls(g, distance, ~(near | own), inverse)
