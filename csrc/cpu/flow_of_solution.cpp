@@ -85,9 +85,7 @@ class FlowSample {
   static int64_t longest(const FlowMap& map) {
     return map.student_positions > map.teacher_positions ? map.student_positions : map.teacher_positions;
   }
-  static int64_t gradient_size(const FlowMap& map) {
-    return map.channels * round_up(map.student_positions, kWidth);
-  }
+  static int64_t gradient_size(const FlowMap& map) { return map.channels * round_up(map.student_positions, kWidth); }
   A* difference(const FlowPair& pair, int64_t sample) const {
     const int64_t size = p_.map[pair.first].channels * p_.map[pair.second].channels;
     return static_cast<A*>(pair.differences) + sample * size;
@@ -181,11 +179,9 @@ class FlowSample {
     A* matrix = scratch + matrix_;
     const Lanes<A> lanes;
     for (int64_t r = 0; r < rows; ++r)
-      lanes.for_each(columns, [&](auto i) {
-        lanes.store(matrix + r * ld, i, lanes.load(matrix + r * ld, i) * outer);
-      });
-    const Rows<A> left = rows_of(sample_of(first.student, rows, positions, sample), rows, positions, true,
-                                 scratch + first_rows_);
+      lanes.for_each(columns, [&](auto i) { lanes.store(matrix + r * ld, i, lanes.load(matrix + r * ld, i) * outer); });
+    const Rows<A> left =
+        rows_of(sample_of(first.student, rows, positions, sample), rows, positions, true, scratch + first_rows_);
     const Rows<A> right = rows_of(sample_of(second.student, columns, positions, sample), columns, positions, true,
                                   scratch + second_rows_);
     multiply<M>(rows, positions, columns, matrix, ld, 1, {right.data, right.ld},
@@ -235,10 +231,14 @@ void run(const FlowParams& p, int threads) {
 
 void flow_of_solution(const FlowParams& p, int threads) {
   switch (p.dtype) {
-    case DType::kFloat64: return run<double, double>(p, threads);
-    case DType::kBFloat16: return run<BFloat16, float>(p, threads);
-    case DType::kFloat16: return run<Float16, float>(p, threads);
-    default: return run<float, float>(p, threads);
+    case DType::kFloat64:
+      return run<double, double>(p, threads);
+    case DType::kBFloat16:
+      return run<BFloat16, float>(p, threads);
+    case DType::kFloat16:
+      return run<Float16, float>(p, threads);
+    default:
+      return run<float, float>(p, threads);
   }
 }
 

@@ -112,9 +112,12 @@ void run(const GramGradientParams& p, int threads) {
 void gram_backward(const GramGradientParams& p, int threads) {
   if (p.wide) return run<double, double>(p, threads);
   switch (p.tap[0].student.dtype) {
-    case DType::kBFloat16: return run<BFloat16, float>(p, threads);
-    case DType::kFloat16: return run<Float16, float>(p, threads);
-    default: return run<float, float>(p, threads);
+    case DType::kBFloat16:
+      return run<BFloat16, float>(p, threads);
+    case DType::kFloat16:
+      return run<Float16, float>(p, threads);
+    default:
+      return run<float, float>(p, threads);
   }
 }
 

@@ -113,10 +113,14 @@ void sum_angles(const Samples<A>& s, const Samples<A>& t, int64_t i, int64_t bat
   }
 }
 
+// Added in double: relations are differences of the matrices' elements.
+template <class A>
+using RelationalGrams = Grams<A, double>;
+
 template <class A>
 class Relations {
  public:
-  Relations(const RelationalParams& p, const Grams<A>& grams)
+  Relations(const RelationalParams& p, const RelationalGrams<A>& grams)
       : p_(p), grams_(grams), batch_(p.batch), ld_(grams.ld()), matrix_(p.batch * grams.ld()) {}
 
   // Of one tap: the Gram matrix and the distances of two networks, and the sums over angles.
@@ -246,29 +250,29 @@ class Relations {
   }
 
   const RelationalParams& p_;
-  const Grams<A>& grams_;
+  const RelationalGrams<A>& grams_;
   int64_t batch_, ld_, matrix_;
 };
 
 template <class A>
 void run(const RelationalParams& p, int threads) {
-  const Grams<A> grams(p, true);
+  const RelationalGrams<A> grams(p, true);
   const bool wanted = !p.student_statistics;
   const Relations<A> relations(p, grams);
   Scratch<A> products(grams.size()), memory(wanted ? relations.size() : 0);
+  Scratch<double> pieces(grams.pieces_size());
   Scratch<RowSums> sums(wanted ? relations.rows() : 0);
 #pragma omp parallel num_threads(threads)
   {
     Scratch<A> scratch(grams.scratch_size());
-    grams.compute(products.data(), scratch.data());
+    grams.compute(products.data(), pieces.data(), scratch.data());
     if (wanted) {
       relations.compute(products.data(), memory.data(), sums.data());
     } else {
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < p.taps * p.batch; ++item)
         std::memcpy(static_cast<A*>(p.student_statistics) + item * p.batch,
-                    grams.student(products.data(), item / p.batch) + item % p.batch * grams.ld(),
-                    p.batch * sizeof(A));
+                    grams.student(products.data(), item / p.batch) + item % p.batch * grams.ld(), p.batch * sizeof(A));
     }
   }
   if (wanted) relations.write_losses(sums.data());

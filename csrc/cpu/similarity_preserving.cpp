@@ -47,11 +47,11 @@ template <class A>
 void run(const SimilarityParams& p, int threads) {
   const Grams<A> grams(p, false);
   const int64_t batch = p.batch, matrix = batch * batch, ld = grams.ld();
-  Scratch<A> memory(grams.size()), row_losses(p.taps * batch);
+  Scratch<A> memory(grams.size()), pieces(grams.pieces_size()), row_losses(p.taps * batch);
 #pragma omp parallel num_threads(threads)
   {
     Scratch<A> scratch(grams.scratch_size());
-    grams.compute(memory.data(), scratch.data());
+    grams.compute(memory.data(), pieces.data(), scratch.data());
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < p.taps * batch; ++item) {
       const int64_t tap = item / batch, row = item % batch, place = tap * matrix + row * batch;

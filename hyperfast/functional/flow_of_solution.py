@@ -12,7 +12,7 @@ from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._checks import check_choice
 from hyperfast.functional._maps import POOLS, check_maps, choose_teacher, gradient_can_be_ahead, pooled
 from hyperfast.ops import flow_of_solution as _op
-from hyperfast.ops._library import accumulator
+from hyperfast.ops._library import accumulator, without_autocast
 from hyperfast.reference.flow_of_solution import REDUCTIONS
 
 Pairs = Sequence[tuple[int, int]]
@@ -82,7 +82,8 @@ def flow_of_solution(
     students, flat = _maps_of_pairs([list(student), *([teachers] if teachers else [])], chosen, pool)
     arguments = (students[0], students[1] if teachers else [], known, flat, reduction, normalize)
     if current_backend() is Backend.REFERENCE:
-        return reference.flow_of_solution(*arguments)
+        exact: Tensor = without_autocast(reference.flow_of_solution)(*arguments)
+        return exact
     if expected_grad is not None:
         if expected_grad.shape != (len(chosen),):
             raise ValueError(f"expected_grad is {list(expected_grad.shape)}; expected [{len(chosen)}], one per pair")

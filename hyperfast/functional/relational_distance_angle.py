@@ -11,6 +11,7 @@ from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._maps import check_gram_statistics, check_maps, choose_teacher
 from hyperfast.ops import relational_distance_angle as _op
+from hyperfast.ops._library import without_autocast
 
 _SHAPE, _EPS = "[B, ...]", 1e-12
 
@@ -69,7 +70,8 @@ def relational_distance_angle(
         students, teachers = _unit(students), _unit(teachers)
     arguments = (students, teachers, statistics, float(distance), float(angle))
     if current_backend() is Backend.REFERENCE:
-        return reference.relational_distance_angle(*arguments)
+        exact: Tensor = without_autocast(reference.relational_distance_angle)(*arguments)
+        return exact
     losses: Tensor = _op.relational_distance_angle(*arguments)[0]
     return losses
 

@@ -10,6 +10,7 @@ from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._maps import check_gram_statistics, check_maps, choose_teacher
 from hyperfast.ops import similarity_preserving as _op
+from hyperfast.ops._library import without_autocast
 
 _SHAPE = "[B, ...]"
 
@@ -40,8 +41,8 @@ def similarity_preserving(
 
     Notes:
         Invariant to the scale of either map, not to a shift. Depends on who else is in the batch; a batch of one has
-        loss 0. A sample whose row of G has a norm up to 1e-12, a dead one, counts as zero and has no gradient, where
-        that of the projects named below is up to 1e12 times too large. The gradient keeps one `[B, B]` matrix per tap.
+        loss 0. A dead sample, whose row of G has a norm up to 1e-12, has a row of zeros without gradient in U, where
+        the gradient of the project named below is up to 1e12 times too large. The gradient keeps one `[B, B]` matrix per tap.
 
     Source: Tung and Mori, arXiv 1907.09682; RepDistiller's code, which the authors confirmed.
     """
@@ -49,7 +50,8 @@ def similarity_preserving(
     check_maps(student, teachers, 2, _SHAPE)
     statistics = check_gram_statistics(student, statistics, "similarity_statistics")
     if current_backend() is Backend.REFERENCE:
-        return reference.similarity_preserving(student, teachers, statistics)
+        exact: Tensor = without_autocast(reference.similarity_preserving)(student, teachers, statistics)
+        return exact
     losses: Tensor = _op.similarity_preserving(list(student), teachers, statistics)[0]
     return losses
 

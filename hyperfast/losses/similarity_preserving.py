@@ -34,7 +34,7 @@ class SimilarityPreserving(CompressedTeacherLoss):
         with the mean over the taps that is the default here, the ends of the stages (Knowledge-Distillation-Zoo). A
         shift of the maps changes the loss, a factor does not, nor does the order of the batch; who is in the batch
         does, so that gathered over processes it is another loss: keep `drop_last=True`, and the batch of the paper.
-        Dead samples contribute no gradient.
+        Rows of dead samples have no gradient.
 
     Example:
         >>> distillation = SimilarityPreserving(beta=3000)

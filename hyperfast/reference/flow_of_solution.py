@@ -86,7 +86,7 @@ def flow_of_solution_backward(
         r = (2 * g / first.shape[2] * scale)[:, None, None] * difference
         gradients[i] = gradients[i] + torch.bmm(r, second)
         gradients[j] = gradients[j] + torch.bmm(r.transpose(1, 2), first)
-    return [d.to(s.dtype).view(s.shape) for d, s in zip(gradients, student, strict=True)]
+    return [torch.empty_like(s).copy_(d.view(s.shape)) for d, s in zip(gradients, student, strict=True)]
 
 
 def _scales(target: Tensor, reduction: str, normalize: bool) -> Tensor:

@@ -9,9 +9,15 @@ from torch import Tensor
 
 
 def gram(features: Tensor, centred: bool) -> Tensor:
-    """G = X X^T `[B, B]` of the samples X `[B, D]`, flattened from `[B, ...]`; `centred`: less their mean first."""
+    """G = X X^T `[B, B]` of the samples X `[B, D]`, flattened from `[B, ...]`.
+
+    `centred`: less their mean first, and summed in float64, since relations are differences of the elements of G.
+    """
     rows = flatten(features, centred)
-    return rows @ rows.t()
+    if not centred:
+        return rows @ rows.t()
+    wide = rows.double()
+    return (wide @ wide.t()).to(rows.dtype)
 
 
 def flatten(features: Tensor, centred: bool) -> Tensor:
@@ -29,5 +35,5 @@ def gram_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor,
     for g, m, s in zip(grad, coefficients, student, strict=True):
         rows = flatten(s, centred)
         product = (g * (m + m.t())).to(rows.dtype) @ rows
-        gradients.append(product.to(s.dtype).view(s.shape))
+        gradients.append(torch.empty_like(s).copy_(product.view(s.shape)))
     return gradients

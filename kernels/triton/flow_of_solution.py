@@ -39,9 +39,7 @@ SAMPLES = 64
 """Samples whose tiles' sums are added at once."""
 EPS = 1e-12
 """A teacher's matrix of a smaller norm cannot be divided by it."""
-OPTIONS = {"num_warps": 4, "num_stages": 2}
-ODD_OPTIONS = {"num_warps": 8, "num_stages": 2}
-"""For sizes that take a register per address."""
+OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -231,10 +229,6 @@ def _positions(maps: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(f.shape[2:].numel() for f in maps)
 
 
-def _options(align: int) -> dict[str, int]:
-    return OPTIONS if align >= 8 else ODD_OPTIONS
-
-
 def _contiguous(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(f.contiguous() for f in maps)
 
@@ -286,7 +280,7 @@ def _multiply(
         alignment(_positions(teacher)),
         TILE,
         STEP,
-        **_options(alignment([*_positions(student), *_positions(teacher)])),
+        **OPTIONS,
     )
     return squares
 
@@ -365,7 +359,7 @@ def backward(
             alignment(positions),
             TILE,
             STEP,
-            **_options(alignment(positions)),
+            **OPTIONS,
         )
     for gradient, target in zip(gradients, targets, strict=True):
         if gradient is not target:
@@ -418,5 +412,4 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
             # What reads no maps, only numbers per tile, is said to.
             what = "matrices" if kernel is flow_losses_kernel else f"maps={count}"
             label = f"{what} pairs={pairs} known={known} align={align} {TRITON_TYPES[dtype]}"
-            options = OPTIONS if kernel is flow_losses_kernel else _options(align)
-            yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, options)
+            yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, OPTIONS)

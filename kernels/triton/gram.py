@@ -39,13 +39,11 @@ TILE = 64
 """Rows and columns of a tile of G."""
 STEP = 32
 """Elements of the samples that are multiplied at once."""
-PIECE = 1024
-"""Elements of the samples of one partial product."""
+PIECE, CENTRED_PIECE = 1024, 256
+"""Elements of the samples of one partial product; relations are differences of G's elements, and want them exact."""
 COLUMNS = 64
 """Columns of a tile of the gradient."""
-OPTIONS = {"num_warps": 4, "num_stages": 2}
-EXACT_OPTIONS = {"num_warps": 8, "num_stages": 2}
-"""Of products without tensor cores, whose operands are registers too."""
+OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -126,7 +124,7 @@ def gram_sum_kernel(grams, partials, sizes, B, ALIGN: tl.constexpr, PIECE: tl.co
             pieces = tl.where(m == index, count, pieces)
             before += tl.where(m < index, count, 0)
         source = partials + before.to(tl.int64) * B * B + i * B + j
-        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+        acc = tl.zeros([BLOCK, BLOCK], tl.float64)
         for _ in range(pieces):
             acc += tl.load(source, mask=mask & (i <= j), other=0.0)
             source += B * B
@@ -197,10 +195,6 @@ def _precision(centred: bool) -> str:
     return "ieee" if centred else "tf32x3"
 
 
-def _options(centred: bool) -> dict[str, int]:
-    return EXACT_OPTIONS if centred else OPTIONS
-
-
 def supports(student: Sequence[Tensor], teacher: Sequence[Tensor] = (), *_: Any) -> str | None:
     """Why these kernels cannot run on the maps, or `None` where they can."""
     for name, maps in (("student", student), ("teacher", teacher)):
@@ -245,13 +239,14 @@ def _multiply(maps: Sequence[Tensor], grams: Tensor, centred: bool) -> None:
         means = grams.new_empty(sum(sizes))
         programs = sum(cdiv(size, COLUMNS) for size in sizes)
         gram_mean_kernel[(programs,)](means, table, sizes, batch, align, 16, COLUMNS, **OPTIONS)
-    pieces = sum(cdiv(size, PIECE) for size in sizes)
+    piece = CENTRED_PIECE if centred else PIECE
+    pieces = sum(cdiv(size, piece) for size in sizes)
     partials = grams.new_empty((pieces, batch, batch))
     gram_partial_kernel[(pieces * cdiv(batch, TILE) ** 2,)](
-        partials, means, table, sizes, batch, align, _precision(centred), TILE, STEP, PIECE, **_options(centred)
+        partials, means, table, sizes, batch, align, _precision(centred), TILE, STEP, piece, **OPTIONS
     )
     gram_sum_kernel[(len(maps) * cdiv(batch, STEP) ** 2,)](
-        grams, partials, sizes, batch, alignment([batch]), PIECE, STEP, **OPTIONS
+        grams, partials, sizes, batch, alignment([batch]), piece, STEP, **OPTIONS
     )
 
 
@@ -283,7 +278,7 @@ def backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, cent
             TILE,
             STEP,
             COLUMNS,
-            **_options(centred),
+            **OPTIONS,
         )
     for gradient, target in zip(gradients, targets, strict=True):
         if gradient is not target:
@@ -303,18 +298,18 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
     element = f"*{TRITON_TYPES[dtype]}"
     for count, centred, align in _SHIPPED:
         table: dict[str, Any] = {"maps": (element,) * count, "sizes": ("i32",) * count, "B": "i32"}
-        precision = _precision(centred)
+        precision, piece = _precision(centred), CENTRED_PIECE if centred else PIECE
         forms: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
             (
                 gram_partial_kernel,
                 table | {"partials": "*fp32", "means": "*fp32"},
-                {"ALIGN": align, "PRECISION": precision, "TILE": TILE, "STEP": STEP, "PIECE": PIECE}
+                {"ALIGN": align, "PRECISION": precision, "TILE": TILE, "STEP": STEP, "PIECE": piece}
                 | ({} if centred else {"means": None}),
             ),
             (
                 gram_sum_kernel,
                 table | {"grams": "*fp32", "partials": "*fp32"},
-                {"ALIGN": align, "PIECE": PIECE, "BLOCK": STEP},
+                {"ALIGN": align, "PIECE": piece, "BLOCK": STEP},
             ),
             (
                 gram_backward_kernel,
@@ -336,5 +331,4 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
         for kernel, types, constants in forms:
             what = "matrices" if kernel is gram_sum_kernel else "maps"
             label = f"{what}={count} centred={centred} align={align} {TRITON_TYPES[dtype]}"
-            options = _options(centred) if "PRECISION" in constants else OPTIONS
-            yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, options)
+            yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, OPTIONS)

@@ -24,7 +24,7 @@ __all__ = ["configurations", "forward", "statistics", "supports"]
 
 MAX_BATCH = 1024
 """A program keeps whole rows of the matrices in registers."""
-VERTICES = 2048
+VERTICES = 1024
 """Elements of a tile of vertices and third samples."""
 # As in the reference: squared distances that are smaller are those of equal samples, for distances and for angles; and
 # so many units in the last place.

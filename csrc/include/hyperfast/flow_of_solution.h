@@ -33,8 +33,8 @@ struct FlowParams {
   int64_t maps = 0, pairs = 0;
   const FlowMap* map = nullptr;
   const FlowPair* pair = nullptr;
-  void* losses = nullptr;     // [pairs]
-  void* scales = nullptr;     // [pairs, batch]
+  void* losses = nullptr;      // [pairs]
+  void* scales = nullptr;      // [pairs, batch]
   const void* grad = nullptr;  // [pairs]
 };
 
