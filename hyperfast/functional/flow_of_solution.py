@@ -97,8 +97,8 @@ def flow_of_solution(
 def flow_statistics(teacher: Sequence[Tensor], *, pairs: Pairs | None = None, pool: str = "avg") -> list[Tensor]:
     """G of all pairs of taps of a teacher, `[B, C1, C2]` each, in float32 (float64 for float64 maps).
 
-    They are all that `flow_of_solution` needs of the maps. Each sample has its own, so that they may be computed once for
-    a whole set of images.
+    They are all that `flow_of_solution` needs of the maps. Each sample has its own: they may be computed once for a
+    whole set of images.
 
     Args:
         teacher: feature maps `[B, C, *spatial]` of one batch.

@@ -42,7 +42,8 @@ def similarity_preserving(
     Notes:
         Invariant to the scale of either map, not to a shift. Depends on who else is in the batch; a batch of one has
         loss 0. A dead sample, whose row of G has a norm up to 1e-12, has a row of zeros without gradient in U, where
-        the gradient of the project named below is up to 1e12 times too large. The gradient keeps one `[B, B]` matrix per tap.
+        the gradient of the project named below is up to 1e12 times too large. The backward pass needs the student's
+        maps and one `[B, B]` matrix per tap.
 
     Source: Tung and Mori, arXiv 1907.09682; RepDistiller's code, which the authors confirmed.
     """
