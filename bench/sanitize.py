@@ -20,7 +20,8 @@ def main() -> int:
         print("torch sees no GPU")
         return 1
     device, wrong = torch.device("cuda"), 0
-    for name in ("generate", "attention_transfer", "ranger_update"):
+    names = ("generate", "attention_transfer", "ranger_update", "similarity_preserving", "relational_distance_angle")
+    for name in (*names, "flow_of_solution"):
         op = operation(name)
         for case in (case for case in op.cases if case.small):
             inputs = op.inputs(case.options, device, 0)

@@ -10,6 +10,7 @@
 
 #include "common/generate.h"
 #include "common/ranger_update.h"
+#include "gram_bindings.h"
 #include "host_memory.h"
 #include "instruction_set.h"
 
@@ -286,6 +287,8 @@ PYBIND11_MODULE(_C, m) {
            },
            py::kw_only(), py::arg("batch"), py::arg("count"), py::arg("dimension"), py::arg("vectors"),
            py::arg("order"));
+
+  bind_gram_losses(m);
 
   py::class_<PredictParams>(m, "PredictParams")
       .def(py::init(&predict_params), py::kw_only(), py::arg("dtype"), py::arg("round"), py::arg("concat"),

@@ -4,11 +4,15 @@
 #include <string>
 
 #include "hyperfast/attention_transfer.h"
+#include "hyperfast/flow_of_solution.h"
 #include "hyperfast/generate.h"
+#include "hyperfast/gram.h"
 #include "hyperfast/greedy_chain.h"
 #include "hyperfast/predict.h"
 #include "hyperfast/rank_one_update.h"
 #include "hyperfast/ranger_update.h"
+#include "hyperfast/relational_distance_angle.h"
+#include "hyperfast/similarity_preserving.h"
 
 namespace hyperfast {
 
@@ -22,6 +26,10 @@ struct CpuKernels {
   bool (*predict)(const PredictParams&, int threads);  // false: an index is outside its table
   void (*rank_one_update)(const RankOneParams&, int threads);
   void (*ranger_update)(const RangerParams&, int threads);
+  void (*gram_backward)(const GramGradientParams&, int threads);
+  void (*similarity_preserving)(const SimilarityParams&, int threads);
+  void (*relational_distance_angle)(const RelationalParams&, int threads);
+  void (*flow_of_solution)(const FlowParams&, int threads);
 };
 
 #define HYPERFAST_DECLARE(isa)                                   \
@@ -34,6 +42,10 @@ struct CpuKernels {
   bool predict(const PredictParams&, int);                       \
   void rank_one_update(const RankOneParams&, int);               \
   void ranger_update(const RangerParams&, int);                  \
+  void gram_backward(const GramGradientParams&, int);            \
+  void similarity_preserving(const SimilarityParams&, int);      \
+  void relational_distance_angle(const RelationalParams&, int);  \
+  void flow_of_solution(const FlowParams&, int);                 \
   inline CpuKernels kernels() {                                  \
     return {#isa,                                                \
             generate_forward,                                    \
@@ -43,7 +55,11 @@ struct CpuKernels {
             greedy_chain,                                        \
             predict,                                             \
             rank_one_update,                                     \
-            ranger_update};                                      \
+            ranger_update,                                       \
+            gram_backward,                                       \
+            similarity_preserving,                               \
+            relational_distance_angle,                           \
+            flow_of_solution};                                   \
   }                                                              \
   }
 

@@ -5,18 +5,23 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 """
 
 from hyperfast.functional.attention_transfer import attention_transfer
+from hyperfast.functional.flow_of_solution import flow_of_solution, flow_statistics
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
 from hyperfast.functional.predict import fourier_features, positional_embedding, predict, squared_error
 from hyperfast.functional.quantize import dequantize, fake_quantize, quantize
 from hyperfast.functional.ranger_update import ranger_update
 from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one
+from hyperfast.functional.relational_distance_angle import relational_distance_angle, relational_statistics
+from hyperfast.functional.similarity_preserving import similarity_preserving, similarity_statistics
 
 __all__ = [
     "adam_rank_one",
     "attention_transfer",
     "dequantize",
     "fake_quantize",
+    "flow_of_solution",
+    "flow_statistics",
     "fourier_features",
     "generate",
     "greedy_chain",
@@ -24,6 +29,10 @@ __all__ = [
     "predict",
     "quantize",
     "ranger_update",
+    "relational_distance_angle",
+    "relational_statistics",
     "sgd_rank_one",
+    "similarity_preserving",
+    "similarity_statistics",
     "squared_error",
 ]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._checks import check_choice, check_same_device
+from hyperfast.functional._maps import gradient_can_be_ahead, pooled
 from hyperfast.ops import attention_transfer as _op
+from hyperfast.ops._library import accumulator
 from hyperfast.reference.attention_transfer import MODES
 
 
@@ -78,21 +78,10 @@ def attention_transfer(
         raise ValueError(f"expected_grad is {list(expected_grad.shape)}; expected [{len(student)}], one per tap")
     if expected_grad is not None:
         # A copy: whoever changes the weights before the backward pass shall get what they were.
-        ahead = _gradient_can_be_ahead(students)
-        expected_grad = expected_grad.detach().to("cpu", _op.accumulator(students), copy=True) if ahead else None
+        ahead = gradient_can_be_ahead(students)
+        expected_grad = expected_grad.detach().to("cpu", accumulator(students), copy=True) if ahead else None
     losses: Tensor = _op.attention_transfer(students, teachers, p, mode, eps, expected_grad)[0]
     return losses
-
-
-def _gradient_can_be_ahead(student: Sequence[Tensor]) -> bool:
-    """Whether the backward pass may compare numbers: on the CPU, and not while a graph is traced."""
-    return (
-        torch.is_grad_enabled()
-        and current_backend() in (Backend.AUTO, Backend.CPU)
-        and not torch.compiler.is_compiling()
-        and any(s.requires_grad for s in student)
-        and all(s.device.type == "cpu" and type(s) in (Tensor, torch.nn.Parameter) for s in student)
-    )
 
 
 def _matched_maps(index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,12 +105,4 @@ def _matched_maps(index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor,
             f"tap {index}: maps {list(student.shape)} and {list(teacher.shape)} cannot be matched by pooling"
         )
     size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    return _pooled(student, size), _pooled(teacher, size)
-
-
-def _pooled(features: Tensor, size: list[int]) -> Tensor:
-    if list(features.shape[2:]) == size:
-        return features
-    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
-    pooled: Tensor = pool(features, size)
-    return pooled
+    return pooled(student, size), pooled(teacher, size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ def tap_names(features: Features) -> list[str]:
     return [str(key) for key in (features if isinstance(features, Mapping) else range(len(features)))]
 
 
+def feature_maps(features: Features) -> list[Tensor]:
+    """The maps alone."""
+    return list(features.values() if isinstance(features, Mapping) else features)
+
+
 def pair_taps(student: Features, teacher: Features) -> tuple[list[str], list[Tensor], list[Tensor]]:
     """Student and teacher maps in pairs, by order, with the student's names.
 
@@ -35,8 +40,7 @@ def pair_taps(student: Features, teacher: Features) -> tuple[list[str], list[Ten
         )
     if not names:
         raise ValueError("no taps were given; the loss needs at least one feature map of each network")
-    students = list(student.values() if isinstance(student, Mapping) else student)
-    teachers = list(teacher.values() if isinstance(teacher, Mapping) else teacher)
+    students, teachers = feature_maps(student), feature_maps(teacher)
     for name, s, t in zip(names, students, teachers, strict=True):
         if s.shape[:1] != t.shape[:1]:
             raise ValueError(
@@ -64,7 +68,7 @@ class FeatureLoss(nn.Module, ABC):
     Attributes:
         last: the unweighted losses `[L]` of the last forward, detached and still on the device: reading them to a log
             is what waits, and is left to the caller.
-        last_names: the taps they belong to.
+        last_names: the taps they belong to, or whatever else there is one loss for (`loss_names`).
     """
 
     def __init__(self, weights: Weights | None = None, beta: float = 1.0) -> None:
@@ -86,6 +90,10 @@ class FeatureLoss(nn.Module, ABC):
         """The weights of `count` taps where none were given: a mean."""
         return [1 / count] * count
 
+    def loss_names(self, taps: list[str]) -> list[str]:
+        """What there is one loss for, by the names that `weights` knows: the taps, unless the loss says otherwise."""
+        return taps
+
     def forward(self, student: Features, teacher: Features) -> Tensor:
         """The weighted sum, a scalar; gradients flow to the student's maps only.
 
@@ -93,8 +101,13 @@ class FeatureLoss(nn.Module, ABC):
             ValueError: unequal numbers of taps, batch sizes or devices; weights that do not fit the taps.
         """
         names, students, teachers = pair_taps(student, teacher)
-        weights = self._resolve(names, students[0])
-        losses = self.per_tap(students, teachers, weights)
+        return self._weighted(names, students[0], lambda weights: self.per_tap(students, teachers, weights))
+
+    def _weighted(self, taps: list[str], like: Tensor, per_tap: Callable[[Tensor], Tensor]) -> Tensor:
+        """The weighted sum of the losses that `per_tap` gives for the weights it is called with."""
+        names = self.loss_names(taps)
+        weights = self._resolve(names, like)
+        losses = per_tap(weights)
         self.last, self.last_names = losses.detach(), names
         return (losses * weights).sum()
 
@@ -117,6 +130,45 @@ class FeatureLoss(nn.Module, ABC):
         if self._resolved is None or self._resolved[0] != wanted:
             self._resolved = wanted, torch.tensor(wanted[0], device=like.device, dtype=dtype)
         return self._resolved[1]
+
+
+class CompressedTeacherLoss(FeatureLoss):
+    """A `FeatureLoss` that needs little of the teacher's maps, and takes that instead: `loss(maps, statistics=s)`.
+
+    Where the images of a batch come again unchanged, the teacher runs once: `s = loss.compress(teacher_maps)`.
+    """
+
+    @abstractmethod
+    def compress(self, teacher: Features) -> Any:
+        """What the loss needs of the teacher's maps, on their device and without a graph."""
+
+    @abstractmethod
+    def per_tap_of_statistics(self, student: Sequence[Tensor], statistics: Any, expected_grad: Tensor) -> Tensor:
+        """As `per_tap`, with what `compress` made of the teacher's maps."""
+
+    def forward(self, student: Features, teacher: Features | None = None, *, statistics: Any = None) -> Tensor:
+        """The weighted sum, a scalar; gradients flow to the student's maps only.
+
+        Args:
+            student: its maps.
+            teacher: its maps, or None with `statistics`.
+            statistics: what `compress` made of the teacher's maps of the same images.
+
+        Raises:
+            ValueError: unequal numbers of taps, batch sizes or devices; weights that do not fit; both or neither of
+                teacher and statistics.
+        """
+        if (teacher is None) == (statistics is None):
+            given = "neither" if teacher is None else "both"
+            raise ValueError(
+                f"teacher and statistics: {given} given; give the teacher's maps, or what compress() made of them"
+            )
+        if teacher is not None:
+            return super().forward(student, teacher)
+        names, students, _ = pair_taps(student, student)
+        return self._weighted(
+            names, students[0], lambda weights: self.per_tap_of_statistics(students, statistics, weights)
+        )
 
 
 def _values(names: Sequence[str], weights: Mapping[str, float]) -> list[float]:

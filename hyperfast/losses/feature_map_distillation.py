@@ -48,8 +48,8 @@ class FeatureMapDistillation(FeatureLoss):
         which has no :math:`\epsilon`: the loss is then NaN, as it is in NeRN.
 
     Source: the code of NeRN, arXiv 2212.13554 (maorash/NeRN): `L2BatchedAttentionLoss`, `L2AttentionLoss` and
-    `SPAttentionLoss`. The last one is Tung and Mori's, arXiv 1907.09682; RepDistiller's has
-    :math:`\max(\|\cdot\|, 10^{-12})` for its :math:`\epsilon`.
+    `SPAttentionLoss`. The last one is Tung and Mori's, arXiv 1907.09682; RepDistiller's, which is
+    `SimilarityPreserving`, has :math:`\max(\|\cdot\|, 10^{-12})` for its :math:`\epsilon`.
     """
 
     def __init__(

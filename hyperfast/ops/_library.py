@@ -102,3 +102,8 @@ def _differentiable(x: Any) -> bool:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are taken in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 as soon as one tensor is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

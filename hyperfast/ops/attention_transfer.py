@@ -17,20 +17,10 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
 from hyperfast.ops import _native, _triton
-from hyperfast.ops._library import accumulator_dtype, register
+from hyperfast.ops._library import accumulator, register
 
 _MODES = {name: code for code, name in enumerate(reference.MODES)}
 _CUDA_MOST_POSITIONS = 4096  # of one map; a block keeps its attention map per group of lanes
-_CACHE_BYTES = 1 << 24  # larger gradients are written past the caches
-
-
-def _is_channels_last(features: Tensor) -> bool:
-    """Whether a dense map has its channels innermost; a map that is also contiguous counts as contiguous."""
-    return not features.is_contiguous() and features.movedim(1, -1).is_contiguous()
-
-
-def _dense(features: Tensor) -> Tensor:
-    return features if features.is_contiguous() or _is_channels_last(features) else features.contiguous()
 
 
 def _native_limits(maps: Sequence[Tensor]) -> str | None:
@@ -114,7 +104,7 @@ def _map(side: str, features: Tensor) -> dict[str, int]:
     return {
         side: features.data_ptr(),
         f"{side}_channels": features.shape[1],
-        f"{side}_last": _is_channels_last(features),
+        f"{side}_last": _native.is_channels_last(features),
     }
 
 
@@ -132,7 +122,7 @@ def _native_forward(
     eps: float,
     expected_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    maps, teacher = [_dense(s) for s in student], [_dense(t) for t in teacher]
+    maps, teacher = [_native.dense(s) for s in student], [_native.dense(t) for t in teacher]
     dtype = accumulator(maps)
     losses = maps[0].new_empty(len(maps), dtype=dtype)
     coefficients = maps[0].new_empty(coefficient_count(maps), dtype=dtype)
@@ -150,38 +140,26 @@ def _native_forward(
         scratch = losses.new_empty(sum(s.shape[0] for s in maps[run]) + 1)
         params.set_forward(losses[run].data_ptr(), scratch.data_ptr(), coefficients[first:].data_ptr())
         if grad is not None:
-            params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), _past_caches(maps[run]))
+            params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), _native.past_caches(maps[run]))
         work = sum(features.numel() for features in (*maps[run], *teacher[run]))
         _native.launch("attention_transfer_forward", params, losses, work, scratch[-1:].data_ptr())
         first += coefficient_count(maps[run])
-    return losses, coefficients, [_strided_as(d, s) for d, s in zip(gradients, student, strict=False)]
+    return losses, coefficients, [_native.strided_as(d, s) for d, s in zip(gradients, student, strict=False)]
 
 
 def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, p: int) -> list[Tensor]:
     grad, coefficients = grad.contiguous(), coefficients.contiguous()
-    maps = [_dense(s) for s in student]
+    maps = [_native.dense(s) for s in student]
     gradients = [_native.empty_like(s) for s in maps]
     first = 0
     for run in _batches(len(maps)):
         params = _native.module().AttentionParams(dtype=_native.DTYPES[maps[0].dtype], mode=0, power=p, eps=0.0)
         for s, d in zip(maps[run], gradients[run], strict=True):
             params.add_tap(**_sizes(s), **_map("student", s), d_student=d.data_ptr())
-        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), _past_caches(maps[run]))
+        params.set_backward(grad[run].data_ptr(), coefficients[first:].data_ptr(), _native.past_caches(maps[run]))
         _native.launch("attention_transfer_backward", params, grad, sum(s.numel() for s in maps[run]))
         first += coefficient_count(maps[run])
-    return [_strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
-
-
-def _past_caches(maps: Sequence[Tensor]) -> bool:
-    return sum(s.numel() * s.element_size() for s in maps) > _CACHE_BYTES
-
-
-def _strided_as(gradient: Tensor, features: Tensor) -> Tensor:
-    """`gradient` with the strides that `torch.empty_like(features)` has, which the fake kernel promised."""
-    if gradient.stride() == features.stride():  # a dense map; without the detour, which takes longer than it looks
-        return gradient
-    promised = torch.empty_like(features, device="meta").stride()
-    return gradient if gradient.stride() == promised else torch.empty_like(features).copy_(gradient)
+    return [_native.strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
 
 
 forward_implementations = Dispatcher(
@@ -207,11 +185,6 @@ backward_implementations = Dispatcher(
 def coefficient_count(student: Sequence[Tensor]) -> int:
     """Positions of all taps together: sum of B * N."""
     return sum(s.shape[0] * s.shape[2:].numel() for s in student)
-
-
-def accumulator(student: Sequence[Tensor]) -> torch.dtype:
-    """float64 as soon as one map is, else float32."""
-    return torch.float64 if any(accumulator_dtype(s.dtype) == torch.float64 for s in student) else torch.float32
 
 
 def _forward_fake(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hyperfast import losses, surgery
 from hyperfast.data import Splits
+from hyperfast.losses.base import tap_names
 from hyperfast.recipes.checkpoint import JSON
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.objective import StepLosses
@@ -39,7 +40,12 @@ class Method:
     beta: float
 
 
-METHODS: Mapping[str, Method] = {"at": Method(losses.AttentionTransfer, 1000.0)}
+METHODS: Mapping[str, Method] = {
+    "at": Method(losses.AttentionTransfer, 1000.0),
+    "fsp": Method(losses.FlowOfSolution, 50.0),
+    "rkd": Method(losses.RelationalDistillation, 1.0),
+    "sp": Method(losses.SimilarityPreserving, 3000.0),
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ class Distillation:
         # Uniform shares are a loss's default; where its options give weights, those stand.
         if self.config.tap_weights.schedule != "uniform":
             device = next(iter(student.values())).device
-            loss.weights = self.config.tap_weights(len(student), progress, device)
+            count = len(loss.loss_names(tap_names(student)))
+            loss.weights = self.config.tap_weights(count, progress, device)
         weighted: Tensor = loss(student, teacher)
         return weighted
 

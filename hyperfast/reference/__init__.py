@@ -6,7 +6,15 @@ from hyperfast.reference.attention_transfer import (
     attention_transfer_backward,
     attention_transfer_forward,
 )
+from hyperfast.reference.flow_of_solution import (
+    REDUCTIONS,
+    flow_of_solution,
+    flow_of_solution_backward,
+    flow_of_solution_forward,
+    flow_statistics,
+)
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
+from hyperfast.reference.gram import gram_backward
 from hyperfast.reference.greedy_chain import SIMILARITIES, greedy_chain
 from hyperfast.reference.predict import (
     FUSIONS,
@@ -22,6 +30,16 @@ from hyperfast.reference.predict import (
 )
 from hyperfast.reference.ranger_update import ranger_update
 from hyperfast.reference.rank_one_update import adam_rank_one, sgd_rank_one
+from hyperfast.reference.relational_distance_angle import (
+    relational_distance_angle,
+    relational_distance_angle_forward,
+    relational_statistics,
+)
+from hyperfast.reference.similarity_preserving import (
+    similarity_preserving,
+    similarity_preserving_forward,
+    similarity_statistics,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,20 +49,32 @@ __all__ = [
     "MODES",
     "PRECISIONS",
     "PREDICT_ACTIVATIONS",
+    "REDUCTIONS",
     "SIMILARITIES",
     "adam_rank_one",
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
+    "flow_of_solution",
+    "flow_of_solution_backward",
+    "flow_of_solution_forward",
+    "flow_statistics",
     "fourier_features",
     "generate",
     "generate_backward",
+    "gram_backward",
     "greedy_chain",
     "positional_embedding",
     "predict",
     "predict_backward",
     "ranger_update",
+    "relational_distance_angle",
+    "relational_distance_angle_forward",
+    "relational_statistics",
     "sgd_rank_one",
+    "similarity_preserving",
+    "similarity_preserving_forward",
+    "similarity_statistics",
     "squared_error",
     "squared_error_with_gradient",
 ]

@@ -29,6 +29,7 @@ from hyperfast.kernels.config import (
     refuse_dtype,
     tickets,
 )
+from hyperfast.kernels.triton.table import alignment, multiple, pick, pick_size, sum_before
 
 __all__ = ["backward", "configurations", "forward", "supports"]
 
@@ -38,39 +39,6 @@ SPLITS = 4
 """Programs per sample in the backward pass, which writes as much as it reads and needs no sum."""
 FORWARD_OPTIONS = {"num_warps": 8, "num_stages": 2}
 BACKWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
-
-
-@triton.jit
-def _pick(pointers, index):
-    """pointers[index] of a tuple, for an index known at run time only."""
-    chosen = pointers[0]
-    for i in tl.static_range(1, len(pointers)):
-        chosen = tl.where(index == i, pointers[i], chosen)
-    return chosen
-
-
-@triton.jit
-def _pick_size(sizes, index):
-    """sizes[index]. In a tuple, Triton turns a size of 1 into a constant even where asked not to specialise."""
-    chosen = index * 0
-    for i in tl.static_range(len(sizes)):
-        chosen = tl.where(index == i, sizes[i], chosen)
-    return chosen
-
-
-@triton.jit
-def _multiple(size, ALIGN: tl.constexpr):
-    """`size`, which is a multiple of ALIGN, so that the compiler sees it (a hint gets lost behind the selects)."""
-    return size // ALIGN * ALIGN
-
-
-@triton.jit
-def _positions_before(positions, tap):
-    """Positions of all taps before `tap`, of one sample, in 64 bits."""
-    count = tap.to(tl.int64) * 0
-    for i in tl.static_range(len(positions)):
-        count += tl.where(i < tap, positions[i], 0)
-    return count
 
 
 @triton.jit
@@ -175,14 +143,14 @@ def attention_transfer_forward_kernel(
     tap = program // B
     sample = (program % B).to(tl.int64)
     # Sizes known to be multiples of ALIGN are read and written in whole vectors.
-    N = _multiple(_pick_size(positions, tap), ALIGN)
-    C_s = _multiple(_pick_size(student_channels, tap), ALIGN if STUDENT_LAST else 1)
-    C_t = _multiple(_pick_size(teacher_channels, tap), ALIGN if TEACHER_LAST else 1)
-    place = _positions_before(positions, tap) * B + sample * N
+    N = multiple(pick_size(positions, tap), ALIGN)
+    C_s = multiple(pick_size(student_channels, tap), ALIGN if STUDENT_LAST else 1)
+    C_t = multiple(pick_size(teacher_channels, tap), ALIGN if TEACHER_LAST else 1)
+    place = sum_before(positions, tap) * B + sample * N
     q_s = coefficients + place
     q_t = teacher_energy + place
-    _energy_any(q_s, _pick(students, tap) + sample * C_s * N, C_s, N, POWER, STUDENT_LAST)
-    _energy_any(q_t, _pick(teachers, tap) + sample * C_t * N, C_t, N, POWER, TEACHER_LAST)
+    _energy_any(q_s, pick(students, tap) + sample * C_s * N, C_s, N, POWER, STUDENT_LAST)
+    _energy_any(q_t, pick(teachers, tap) + sample * C_t * N, C_t, N, POWER, TEACHER_LAST)
     tl.debug_barrier()
 
     scale_s = 1.0 / C_s if MODE == "code" else 1.0
@@ -278,11 +246,11 @@ def attention_transfer_backward_kernel(
     split = program % SPLITS
     tap = program // SPLITS // B
     sample = (program // SPLITS % B).to(tl.int64)
-    N = _multiple(_pick_size(positions, tap), ALIGN)
-    C = _multiple(_pick_size(channels, tap), ALIGN if LAST else 1)
-    coefficients += _positions_before(positions, tap) * B + sample * N
-    target = _pick(gradients, tap) + sample * C * N
-    source = _pick(students, tap) + sample * C * N
+    N = multiple(pick_size(positions, tap), ALIGN)
+    C = multiple(pick_size(channels, tap), ALIGN if LAST else 1)
+    coefficients += sum_before(positions, tap) * B + sample * N
+    target = pick(gradients, tap) + sample * C * N
+    source = pick(students, tap) + sample * C * N
     scale = tl.load(grad + tap).to(tl.float32)
     if LAST:
         if C >= 64:
@@ -320,11 +288,6 @@ def _positions(features: Sequence[Tensor]) -> tuple[int, ...]:
 
 def _channels(features: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(f.shape[1] for f in features)
-
-
-def _alignment(sizes: Sequence[int]) -> int:
-    """The largest power of two, up to 16, that divides every size."""
-    return next(power for power in (16, 8, 4, 2, 1) if all(size % power == 0 for size in sizes))
 
 
 def supports(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> str | None:
@@ -382,7 +345,7 @@ def forward(
             mode,
             student_last,
             teacher_last,
-            _alignment(aligned),
+            alignment(aligned),
             **FORWARD_OPTIONS,
         )
     return losses, coefficients
@@ -414,7 +377,7 @@ def backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, p: i
             batch,
             p,
             last,
-            _alignment([*positions, *(_channels(student) if last else ())]),
+            alignment([*positions, *(_channels(student) if last else ())]),
             SPLITS,
             **BACKWARD_OPTIONS,
         )

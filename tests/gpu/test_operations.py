@@ -196,6 +196,78 @@ def test_attention_transfer_is_one_launch_each_way(backend: str) -> None:
     assert len(backward) == 1, backward
 
 
+GRAM_LOSSES = {
+    "similarity_preserving": lambda s, t: functional.similarity_preserving(s, t),
+    "relational_distance_angle": lambda s, t: functional.relational_distance_angle(s, t),
+    "flow_of_solution": lambda s, t: functional.flow_of_solution(s, t),
+}
+GRAM_MAPS = {
+    "resnet": [(64, 16, 32, 32), (64, 32, 16, 16), (64, 64, 8, 8)],
+    "odd": [(37, 5, 7, 9), (37, 130, 7, 9), (37, 3, 5, 5)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("maps", GRAM_MAPS, ids=str)
+@pytest.mark.parametrize("loss", GRAM_LOSSES, ids=str)
+def test_gram_losses_agree_with_float64(loss: str, maps: str, dtype: torch.dtype) -> None:
+    drawn = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for shape in GRAM_MAPS[maps]]
+    results = []
+    for name, device, kind in (("reference", "cpu", torch.float64), ("triton", "cuda", dtype)):
+        student = [s.to(device, kind, copy=True).requires_grad_() for s, _ in drawn]
+        teacher = [t.to(device, kind) for _, t in drawn]
+        with hyperfast.use_backend(name):
+            losses = GRAM_LOSSES[loss](student, teacher)
+            (1024 * losses).sum().backward()
+        results.append([losses.detach(), *(s.grad for s in student)])
+    bound = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    expected, actual = results
+    # Random maps of many elements have nearly equal distances: what is compared is what is left of differences.
+    assert _relative_error(actual[0], expected[0]) < (2e-3 if dtype != torch.float32 else 2e-4)
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert a.dtype == dtype
+        assert _relative_error(a, e) < bound
+
+
+@pytest.mark.parametrize("loss", GRAM_LOSSES, ids=str)
+def test_gram_losses_repeat_bit_for_bit_and_are_zero_for_equal_networks(loss: str) -> None:
+    drawn = [torch.randn(shape, device="cuda") for shape in GRAM_MAPS["odd"]]
+    drawn[0][3] = drawn[0][5]
+    for teacher in ([d.flip(0) for d in drawn], [d.clone() for d in drawn]):
+        runs = []
+        for _ in range(2):
+            student = [d.clone().requires_grad_() for d in drawn]
+            losses = GRAM_LOSSES[loss](student, teacher)
+            losses.sum().backward()
+            runs.append([losses.detach(), *(s.grad for s in student)])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert not any(x.any() for x in runs[0])
+
+
+@pytest.mark.parametrize("loss", GRAM_LOSSES, ids=str)
+def test_gram_losses_in_a_cuda_graph(loss: str) -> None:
+    student = [torch.randn(shape, device="cuda", requires_grad=True) for shape in GRAM_MAPS["odd"]]
+    teacher = [torch.randn(shape, device="cuda") for shape in GRAM_MAPS["odd"]]
+
+    def step() -> None:
+        GRAM_LOSSES[loss](student, teacher).sum().backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    expected = [s.grad.clone() for s in student]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for s in student:
+        s.grad.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(s.grad, e) for s, e in zip(student, expected, strict=True))
+
+
 @pytest.mark.parametrize("hidden", [16, 45, 128])
 @pytest.mark.parametrize("rule", ["sgd", "nesterov", "adam", "adamw"])
 def test_rank_one_update_agrees_with_float64(rule: str, hidden: int) -> None:

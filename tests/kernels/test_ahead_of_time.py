@@ -20,7 +20,8 @@ from compile_kernels import Compiled, compile_kernel
 if TYPE_CHECKING:
     pass
 
-MODULES = ("generate", "attention_transfer", "predict")
+MODULES = ("generate", "attention_transfer", "predict", "gram", "similarity_preserving", "relational_distance_angle")
+MODULES += ("flow_of_solution",)
 DTYPES = ("float32", "float16", "bfloat16")
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = 99 * 1024  # what consumer GPUs allow a program; A100 163 KiB, H100 227 KiB
@@ -84,8 +85,8 @@ def test_a_program_fits_a_multiprocessor(compiled: list[Compiled]) -> None:
 
 
 def test_maps_and_heads_are_read_in_vectors(compiled: list[Compiled]) -> None:
-    """Several elements per access on every configuration but those whose sizes allow none."""
-    odd = re.compile(r"align=1 |widths=\(\)|widths=\(100, 50\)")
+    """Several elements per access on every configuration but those whose sizes allow none, or that read neither."""
+    odd = re.compile(r"align=1 |widths=\(\)|widths=\(100, 50\)|^matrices")
     assert not [str(form) for form in compiled if not form.vector_loads and not odd.search(form.label)]
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from hyperfast import functional
 from hyperfast.ops import _native
 
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason="the native module was not built")
@@ -121,6 +122,21 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         found.append(moved)
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    torch.manual_seed(1)
+    students = [torch.randn(s).to(dtype).requires_grad_() for s in ((19, 5, 7, 9), (19, 23, 7, 9), (19, 4, 3, 3))]
+    teachers = [torch.randn(s).to(dtype) for s in ((19, 5, 7, 9), (19, 23, 7, 9), (19, 4, 3, 3))]
+    for function in (
+        functional.similarity_preserving, functional.relational_distance_angle, functional.flow_of_solution
+    ):
+        found = []
+        for backend in ("cpu", "reference"):
+            with hyperfast.use_backend(backend):
+                losses = function(students, teachers)
+                found.append([losses.detach(), *torch.autograd.grad(1000 * losses.sum(), students)])
+        for a, b in zip(*found):
+            allowed = (4 if dtype.itemsize == 2 else 100) * torch.finfo(dtype).eps
+            assert (a.double() - b.double()).norm() <= allowed * b.double().norm(), (function, dtype)
 embeddings = [functional.positional_embedding(n, 0.76, 3) for n in (3, 200)]
 indices = torch.stack((torch.randint(3, (120,)), torch.randint(200, (120,))), 1)
 weights = [torch.randn(o, i).div(i**0.5).requires_grad_() for o, i in ((37, 12), (37, 37), (37, 37), (9, 37))]
@@ -163,6 +179,28 @@ def test_results_do_not_depend_on_the_number_of_threads():
             torch.set_num_threads(threads)
             theta = torch.ops.hyperfast.generate(*arguments, theta0, *options)
             results.append([theta, *torch.ops.hyperfast.generate_backward(grad, *arguments, *options, True)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [functional.similarity_preserving, functional.relational_distance_angle, functional.flow_of_solution],
+    ids=lambda loss: loss.__name__,
+)
+def test_gram_losses_do_not_depend_on_the_number_of_threads(loss):
+    shapes = (33, 20, 30, 31), (33, 17, 30, 31)
+    students, teachers = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    students = [s.requires_grad_() for s in students]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            losses = loss(students, teachers)
+            results.append([losses.detach(), *torch.autograd.grad(losses.sum(), students)])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
