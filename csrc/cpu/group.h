@@ -14,7 +14,8 @@
 //          load_in_order             load() from memory that is read from end to end
 //          prefetch                  asks for a vector that will be read later
 //          stream                    store() of what will not be read soon
-//          abs / sign / sqrt         of one vector
+//          abs / sign / sqrt / exp   of one vector
+//          log                       of one vector of positive normal numbers
 //          once(f)                   f() by one of the lanes
 #pragma once
 #include <cmath>
@@ -29,10 +30,7 @@
 #endif
 
 #include "common/portable.h"
-
-#ifndef HYPERFAST_ISA
-#define HYPERFAST_ISA baseline
-#endif
+#include "cpu/vector_math.h"
 
 namespace hyperfast {
 namespace HYPERFAST_ISA {
@@ -97,17 +95,6 @@ struct Float16 {
   }
 #endif
 };
-
-template <class A, int N>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(N * sizeof(A)), aligned(sizeof(A))));
-};
-template <class A>
-struct VectorOf<A, 1> {
-  typedef A type;
-};
-template <class A, int N>
-using Vector = typename VectorOf<A, N>::type;
 
 // `width` consecutive positions from `at` on.
 template <int N>
@@ -283,6 +270,10 @@ struct Lanes {
       return x;
     }
   }
+  template <class V>
+  HF_INLINE V exp(V x) const { return exp_of<A, sizeof(V) / sizeof(A)>(x); }
+  template <class V>
+  HF_INLINE V log(V x) const { return log_of<A, sizeof(V) / sizeof(A)>(x); }
   template <class V>
   HF_INLINE V abs(V x) const { return x < A(0) ? -x : x; }
   template <class V>
