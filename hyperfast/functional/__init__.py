@@ -5,6 +5,7 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 """
 
 from hyperfast.functional.attention_transfer import attention_transfer
+from hyperfast.functional.cross_entropy_distillation import cross_entropy_distillation
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
 from hyperfast.functional.predict import fourier_features, positional_embedding, predict, squared_error
@@ -15,6 +16,7 @@ from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one
 __all__ = [
     "adam_rank_one",
     "attention_transfer",
+    "cross_entropy_distillation",
     "dequantize",
     "fake_quantize",
     "fourier_features",

@@ -6,6 +6,13 @@ from hyperfast.reference.attention_transfer import (
     attention_transfer_backward,
     attention_transfer_forward,
 )
+from hyperfast.reference.cross_entropy_distillation import (
+    DIVERGENCES,
+    LOGIT_STATISTICS,
+    cross_entropy_distillation,
+    cross_entropy_distillation_backward,
+    cross_entropy_distillation_forward,
+)
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
 from hyperfast.reference.greedy_chain import SIMILARITIES, greedy_chain
 from hyperfast.reference.predict import (
@@ -25,9 +32,11 @@ from hyperfast.reference.rank_one_update import adam_rank_one, sgd_rank_one
 
 __all__ = [
     "ACTIVATIONS",
+    "DIVERGENCES",
     "ENCODINGS",
     "FUSIONS",
     "LEAKY_SLOPE",
+    "LOGIT_STATISTICS",
     "MODES",
     "PRECISIONS",
     "PREDICT_ACTIVATIONS",
@@ -36,6 +45,9 @@ __all__ = [
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
+    "cross_entropy_distillation",
+    "cross_entropy_distillation_backward",
+    "cross_entropy_distillation_forward",
     "fourier_features",
     "generate",
     "generate_backward",
