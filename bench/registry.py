@@ -21,7 +21,7 @@ import hyperfast
 _Named = TypeVar("_Named", "Case", "Provider")
 
 NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
-NAMES += ("training_step",)
+NAMES += ("training_step", "cross_entropy_distillation")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ __device__ void for_each_row(const LogitParams& p, F f) {
 }
 
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     logit_forward_kernel(const __grid_constant__ LogitParams p, unsigned* ticket) {
   for_each_row<kLanes>(p, [&](int64_t row, auto& lanes) { logit_row<T>(lanes, p, row); });
   Block<float, kLanes> block;

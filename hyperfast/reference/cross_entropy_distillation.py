@@ -53,8 +53,8 @@ def cross_entropy_distillation_forward(
     label_smoothing: float,
     ignore_index: int,
     expected_grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses `[2]`, what native code keeps for the backward pass, and the gradient for `expected_grad` `[2]`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[2]`, what native code keeps for the backward pass, and the gradient for `expected_grad` `[2]` or `[0]`.
 
     Kept, flat `[6 B + 1]`, zeros where there is no teacher or no label: for every row the student's largest logit m,
     the inverses of sum exp(z - m) and of sum exp((z - m) / T), the largest logit and the inverse sum of the teacher,
@@ -76,9 +76,9 @@ def cross_entropy_distillation_forward(
             statistics[:, 5] = (q * w / (q + DIVERGENCE_EPS)).sum(1)
     statistics = torch.cat((statistics.flatten(), count[None]))
     if expected_grad is None:
-        return losses, statistics, []
+        return losses, statistics, student.new_empty(0)
     gradient = cross_entropy_distillation_backward(expected_grad, student, teacher, labels, statistics, *options)
-    return losses, statistics, [gradient]
+    return losses, statistics, gradient
 
 
 def cross_entropy_distillation_backward(
