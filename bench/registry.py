@@ -21,7 +21,8 @@ import hyperfast
 _Named = TypeVar("_Named", "Case", "Provider")
 
 NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
-NAMES += ("permutation", "similarity_preserving", "relational_distance_angle", "flow_of_solution", "training_step")
+NAMES += ("permutation", "similarity_preserving", "relational_distance_angle", "flow_of_solution")
+NAMES += ("cross_entropy_distillation", "training_step")
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,40 @@ PYBIND11_MODULE(_C, m) {
            },
            py::arg("grad"), py::arg("coefficients"), py::arg("stream"));
 
+  py::class_<LogitParams>(m, "LogitParams")
+      .def(py::init([](int dtype, int divergence, double temperature, double smoothing, int64_t rows, int64_t classes,
+                       Address student, Address teacher, Address labels, int64_t ignored, Address statistics) {
+             LogitParams p;
+             p.dtype = DType(dtype);
+             p.divergence = Divergence(divergence);
+             p.temperature = temperature;
+             p.smoothing = smoothing;
+             p.rows = rows;
+             p.classes = classes;
+             p.student = pointer(student);
+             p.teacher = pointer(teacher);
+             p.labels = static_cast<const int64_t*>(pointer(labels));
+             p.ignored = ignored;
+             p.statistics = pointer(statistics);
+             return p;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("divergence"), py::arg("temperature"), py::arg("smoothing"),
+           py::arg("rows"), py::arg("classes"), py::arg("student"), py::arg("teacher"), py::arg("labels"),
+           py::arg("ignored"), py::arg("statistics"))
+      .def("set_forward",
+           [](LogitParams& p, Address losses, Address shares) {
+             p.losses = pointer(losses);
+             p.shares = pointer(shares);
+           },
+           py::arg("losses"), py::arg("shares"))
+      .def("set_backward",
+           [](LogitParams& p, Address grad, Address d_student, bool stream) {
+             p.grad = pointer(grad);
+             p.d_student = pointer(d_student);
+             p.stream = stream;
+           },
+           py::arg("grad"), py::arg("d_student"), py::arg("stream"));
+
   py::class_<RankOneParams>(m, "RankOneParams")
       .def(py::init([](int dtype, int rule, double weight_decay, double step_size, double shrink, double keep_first,
                        double add_first, double keep_second, double add_second, double second_scale, double eps,
@@ -324,6 +358,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_transfer_backward_cpu",
         [](const AttentionParams& p, int threads) { cpu_kernels().attention_transfer_backward(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
+  m.def("cross_entropy_distillation_forward_cpu",
+        [](const LogitParams& p, int threads) {
+          if (!cpu_kernels().cross_entropy_distillation_forward(p, threads))
+            throw std::out_of_range("a label of cross_entropy_distillation is none of the classes, nor ignore_index");
+        },
+        py::arg("params"), py::arg("threads"), release_gil);
+  m.def("cross_entropy_distillation_backward_cpu",
+        [](const LogitParams& p, int threads) { cpu_kernels().cross_entropy_distillation_backward(p, threads); },
+        py::arg("params"), py::arg("threads"), release_gil);
   m.def("ranger_update_cpu", [](const RangerParams& p, int threads) { cpu_kernels().ranger_update(p, threads); },
         py::arg("params"), py::arg("threads"), release_gil);
   m.def("rank_one_update_cpu", [](const RankOneParams& p, int threads) { cpu_kernels().rank_one_update(p, threads); },
@@ -364,6 +407,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_transfer_backward_cuda",
         [](const AttentionParams& p, Address stream, int device) {
           check(attention_transfer_backward_cuda(p, pointer(stream), device));
+        },
+        py::arg("params"), py::arg("stream"), py::arg("device"));
+  m.def("cross_entropy_distillation_forward_cuda",
+        [](const LogitParams& p, Address ticket, Address stream, int device) {
+          check(cross_entropy_distillation_forward_cuda(p, pointer(ticket), pointer(stream), device));
+        },
+        py::arg("params"), py::arg("ticket"), py::arg("stream"), py::arg("device"));
+  m.def("cross_entropy_distillation_backward_cuda",
+        [](const LogitParams& p, Address stream, int device) {
+          check(cross_entropy_distillation_backward_cuda(p, pointer(stream), device));
         },
         py::arg("params"), py::arg("stream"), py::arg("device"));
   m.def("ranger_update_cuda",

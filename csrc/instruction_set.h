@@ -4,6 +4,7 @@
 #include <string>
 
 #include "hyperfast/attention_transfer.h"
+#include "hyperfast/cross_entropy_distillation.h"
 #include "hyperfast/flow_of_solution.h"
 #include "hyperfast/generate.h"
 #include "hyperfast/gram.h"
@@ -22,6 +23,8 @@ struct CpuKernels {
   void (*generate_backward)(const GenerateParams&, int threads);
   void (*attention_transfer_forward)(const AttentionParams&, int threads);
   void (*attention_transfer_backward)(const AttentionParams&, int threads);
+  bool (*cross_entropy_distillation_forward)(const LogitParams&, int threads);  // false: a label is none of the classes
+  void (*cross_entropy_distillation_backward)(const LogitParams&, int threads);
   void (*greedy_chain)(const GreedyChainParams&, int threads);
   bool (*predict)(const PredictParams&, int threads);  // false: an index is outside its table
   void (*rank_one_update)(const RankOneParams&, int threads);
@@ -38,6 +41,8 @@ struct CpuKernels {
   void generate_backward(const GenerateParams&, int);            \
   void attention_transfer_forward(const AttentionParams&, int);  \
   void attention_transfer_backward(const AttentionParams&, int); \
+  bool cross_entropy_distillation_forward(const LogitParams&, int); \
+  void cross_entropy_distillation_backward(const LogitParams&, int); \
   void greedy_chain(const GreedyChainParams&, int);              \
   bool predict(const PredictParams&, int);                       \
   void rank_one_update(const RankOneParams&, int);               \
@@ -52,6 +57,8 @@ struct CpuKernels {
             generate_backward,                                   \
             attention_transfer_forward,                          \
             attention_transfer_backward,                         \
+            cross_entropy_distillation_forward,                  \
+            cross_entropy_distillation_backward,                 \
             greedy_chain,                                        \
             predict,                                             \
             rank_one_update,                                     \

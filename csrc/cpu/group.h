@@ -10,11 +10,17 @@
 //   Lanes  for_each(n, f)            f(i) for vectors i of positions that cover n
 //          sum(n, f)                 sum of f(i) over them
 //          sums(n, totals, f)        several sums at once, totals[r] of f(r, i)
+//          for_each_padded(n, f)     for_each() of whole vectors: beyond n, load() is -infinity, store() does nothing
+//          add_padded(n, totals, f)  totals[r] of what f(i, total) adds to total[r]
+//          maximum_padded(n, a, f)   the largest of a and f(i)
 //          load / store              one vector, converted to the accumulator type
 //          load_in_order             load() from memory that is read from end to end
 //          prefetch                  asks for a vector that will be read later
 //          stream                    store() of what will not be read soon
-//          abs / sign / sqrt         of one vector
+//          abs / sign / sqrt / exp   of one vector
+//          log                       of one vector of positive normal numbers
+//          weighted(w, x)            w x, and 0 where w is 0, whatever x is
+//          add_at(v, i, k, a)        v with a added to the element at position k, if it is one of i
 //          once(f)                   f() by one of the lanes
 #pragma once
 #include <cmath>
@@ -29,10 +35,7 @@
 #endif
 
 #include "common/portable.h"
-
-#ifndef HYPERFAST_ISA
-#define HYPERFAST_ISA baseline
-#endif
+#include "cpu/vector_math.h"
 
 namespace hyperfast {
 namespace HYPERFAST_ISA {
@@ -98,22 +101,19 @@ struct Float16 {
 #endif
 };
 
-template <class A, int N>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(N * sizeof(A)), aligned(sizeof(A))));
-};
-template <class A>
-struct VectorOf<A, 1> {
-  typedef A type;
-};
-template <class A, int N>
-using Vector = typename VectorOf<A, N>::type;
-
 // `width` consecutive positions from `at` on.
 template <int N>
 struct Positions {
   static constexpr int width = N;
   int64_t at;
+};
+
+// A vector at the end of a row: there are only the first `count` of its positions.
+template <int N>
+struct LastPositions {
+  static constexpr int width = N;
+  int64_t at;
+  int count;
 };
 
 template <class A, int N>
@@ -141,10 +141,12 @@ HF_INLINE Vector<A, N> load_as(const T* p) {
     std::memcpy(&half, p, sizeof(half));
     const Vector<uint32_t, N> bits = __builtin_convertvector(half, Vector<uint32_t, N>) << 16;
     std::memcpy(&v, &bits, sizeof(v));
-#if defined(__AVX512F__)
-  } else if constexpr (std::is_same_v<T, Float16> && N == 16) {
-    const __m512 full = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    std::memcpy(&v, &full, sizeof(v));
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<T, Float16> && N % 8 == 0) {
+    for (int k = 0; k < N; k += 8) {
+      const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k)));
+      std::memcpy(reinterpret_cast<char*>(&v) + 4 * k, &part, 32);
+    }
 #endif
   } else {
     A values[N];
@@ -160,6 +162,21 @@ HF_INLINE void store_as(T* p, Vector<A, N> v) {
     *reinterpret_cast<Vector<A, N>*>(p) = v;
   } else if constexpr (N == 1) {
     *p = T(v);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    // As BFloat16 rounds.
+    Vector<uint32_t, N> bits;
+    std::memcpy(&bits, &v, sizeof(bits));
+    const Vector<uint32_t, N> high = bits >> 16, rounded = (bits + 0x7fff + (high & 1)) >> 16;
+    const Vector<uint16_t, N> half = __builtin_convertvector(v != v ? high | 0x40 : rounded, Vector<uint16_t, N>);
+    std::memcpy(p, &half, sizeof(half));
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<T, Float16> && N % 8 == 0) {
+    for (int k = 0; k < N; k += 8) {
+      __m256 part;
+      std::memcpy(&part, reinterpret_cast<const char*>(&v) + 4 * k, 32);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + k), _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
   } else {
     for (int k = 0; k < N; ++k) p[k] = T(v[k]);
   }
@@ -253,6 +270,31 @@ struct Lanes {
   }
 
   template <class F>
+  HF_INLINE void for_each_padded(int64_t n, F f) const {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) f(Positions<kWidth>{i});
+    if (i < n) f(LastPositions<kWidth>{i, int(n - i)});
+  }
+
+  template <int R, class F>
+  HF_INLINE void add_padded(int64_t n, A (&totals)[R], F f) const {
+    Vector<A, kWidth> vectors[R] = {};
+    for_each_padded(n, [&](auto i) { f(i, vectors); });
+    for (int r = 0; r < R; ++r) totals[r] = add_up<A, kWidth>(vectors[r]);
+  }
+
+  template <class F>
+  HF_INLINE A maximum_padded(int64_t n, A most, F f) const {
+    Vector<A, kWidth> vector = Vector<A, kWidth>{} + most;
+    for_each_padded(n, [&](auto i) {
+      const auto x = f(i);
+      vector = x > vector ? x : vector;
+    });
+    for (int k = 0; k < kWidth; ++k) most = vector[k] > most ? vector[k] : most;
+    return most;
+  }
+
+  template <class F>
   HF_INLINE void once(F f) const { f(); }
 
   HF_INLINE int64_t index() const { return 0; }
@@ -284,6 +326,10 @@ struct Lanes {
     }
   }
   template <class V>
+  HF_INLINE V exp(V x) const { return exp_of<A, sizeof(V) / sizeof(A)>(x); }
+  template <class V>
+  HF_INLINE V log(V x) const { return log_of<A, sizeof(V) / sizeof(A)>(x); }
+  template <class V>
   HF_INLINE V abs(V x) const { return x < A(0) ? -x : x; }
   template <class V>
   HF_INLINE V sign(V x) const {
@@ -292,6 +338,33 @@ struct Lanes {
   }
   template <int N>
   HF_INLINE Vector<A, N> zero(Positions<N>) const { return Vector<A, N>{}; }
+
+  template <class T, int N>
+  HF_INLINE Vector<A, N> load(const T* p, LastPositions<N> i) const {
+    Vector<A, N> v = Vector<A, N>{} - std::numeric_limits<A>::infinity();
+    for (int k = 0; k < i.count; ++k) v[k] = A(p[i.at + k]);
+    return v;
+  }
+  template <class T, int N>
+  HF_INLINE Vector<A, N> load_in_order(const T* p, LastPositions<N> i) const { return load(p, i); }
+  template <class T, int N>
+  HF_INLINE void store(T* p, LastPositions<N> i, Vector<A, N> v) const {
+    for (int k = 0; k < i.count; ++k) p[i.at + k] = T(v[k]);
+  }
+  template <class T, int N>
+  HF_INLINE void stream(T* p, LastPositions<N> i, Vector<A, N> v) const { store(p, i, v); }
+  template <int N>
+  HF_INLINE Vector<A, N> zero(LastPositions<N>) const { return Vector<A, N>{}; }
+
+  template <class V>
+  HF_INLINE V weighted(V weight, V x) const { return weight == A(0) ? V{} : weight * x; }
+  template <class V, class I>
+  HF_INLINE V add_at(V v, I i, int64_t position, A amount) const {
+    if (position >= i.at && position < i.at + I::width) {
+      if constexpr (I::width == 1) v += amount; else v[position - i.at] += amount;
+    }
+    return v;
+  }
 };
 
 template <class A>

@@ -75,7 +75,26 @@ struct Lanes {
   __device__ int lane() const { return threadIdx.x % kLanes; }
   __device__ int64_t index() const { return threadIdx.x / kLanes; }
   __device__ unsigned mask() const {
-    return kLanes == 32 ? ~0u : ((1u << (kLanes % 32)) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
+    return kLanes >= 32 ? ~0u : ((1u << (kLanes % 32)) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
+  }
+
+  // x of all lanes taken together by `join`, in a fixed order; known to all of them.
+  template <class Join>
+  __device__ A reduce(A x, Join join) const {
+    constexpr int kNeighbours = kLanes < 32 ? kLanes : 32;
+    HF_UNROLL
+    for (int offset = kNeighbours / 2; offset > 0; offset /= 2)
+      x = join(x, __shfl_xor_sync(mask(), x, offset, kNeighbours));
+    if constexpr (kLanes > 32) {
+      static_assert(kLanes == kThreads);
+      __shared__ A shares[kThreads / 32];
+      __syncthreads();  // the last result may still be read
+      if (threadIdx.x % 32 == 0) shares[threadIdx.x / 32] = x;
+      __syncthreads();
+      x = shares[0];
+      for (int warp = 1; warp < kThreads / 32; ++warp) x = join(x, shares[warp]);
+    }
+    return x;
   }
 
   template <class F>
@@ -100,11 +119,7 @@ struct Lanes {
       }
     });
     HF_UNROLL
-    for (int r = 0; r < R; ++r) {
-      HF_UNROLL
-      for (int offset = kLanes / 2; offset > 0; offset /= 2)
-        totals[r] += __shfl_xor_sync(mask(), totals[r], offset, kLanes);
-    }
+    for (int r = 0; r < R; ++r) totals[r] = reduce(totals[r], [](A a, A b) { return a + b; });
   }
 
   template <class F>
@@ -112,6 +127,39 @@ struct Lanes {
     A total[1];
     sums(n, total, [&](int, auto i) { return f(i); });
     return total[0];
+  }
+
+  // A vector never reaches beyond n: nothing has to be filled up.
+  template <class F>
+  __device__ void for_each_padded(int64_t n, F f) const {
+    for_each(n, f);
+  }
+
+  template <int R, class F>
+  __device__ void add_padded(int64_t n, A (&totals)[R], F f) const {
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) totals[r] = 0;
+    for_each(n, [&](auto i) {
+      Vector<A, decltype(i)::width> part[R] = {};
+      f(i, part);
+      HF_UNROLL
+      for (int r = 0; r < R; ++r) {
+        HF_UNROLL
+        for (int k = 0; k < i.width; ++k) totals[r] += part[r].value[k];
+      }
+    });
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) totals[r] = reduce(totals[r], [](A a, A b) { return a + b; });
+  }
+
+  template <class F>
+  __device__ A maximum_padded(int64_t n, A most, F f) const {
+    for_each(n, [&](auto i) {
+      const auto x = f(i);
+      HF_UNROLL
+      for (int k = 0; k < i.width; ++k) most = x.value[k] > most ? x.value[k] : most;
+    });
+    return reduce(most, [](A a, A b) { return a > b ? a : b; });
   }
 
   template <class F>
@@ -162,6 +210,18 @@ struct Lanes {
     return x;
   }
   template <int N>
+  __device__ Vector<A, N> exp(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = ::exp(x.value[k]);
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> log(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = ::log(x.value[k]);
+    return x;
+  }
+  template <int N>
   __device__ Vector<A, N> abs(Vector<A, N> x) const {
     HF_UNROLL
     for (int k = 0; k < N; ++k) x.value[k] = x.value[k] < 0 ? -x.value[k] : x.value[k];
@@ -172,6 +232,18 @@ struct Lanes {
     HF_UNROLL
     for (int k = 0; k < N; ++k) x.value[k] = A((x.value[k] > 0) - (x.value[k] < 0));
     return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> weighted(const Vector<A, N>& weight, Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = weight.value[k] == 0 ? A(0) : weight.value[k] * x.value[k];
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> add_at(Vector<A, N> v, Positions<N> i, int64_t position, A amount) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) v.value[k] += i.at + k == position ? amount : A(0);
+    return v;
   }
 };
 

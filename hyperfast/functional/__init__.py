@@ -5,6 +5,7 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 """
 
 from hyperfast.functional.attention_transfer import attention_transfer
+from hyperfast.functional.cross_entropy_distillation import cross_entropy_distillation
 from hyperfast.functional.flow_of_solution import flow_of_solution, flow_statistics
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
@@ -18,6 +19,7 @@ from hyperfast.functional.similarity_preserving import similarity_preserving, si
 __all__ = [
     "adam_rank_one",
     "attention_transfer",
+    "cross_entropy_distillation",
     "dequantize",
     "fake_quantize",
     "flow_of_solution",

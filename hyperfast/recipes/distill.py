@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperfast import losses, surgery
@@ -114,12 +113,14 @@ class Distillation:
     """
 
     def __init__(self, teacher: nn.Module, config: DistillConfig, label_smoothing: float = 0.0) -> None:
-        self.teacher, self.config, self.label_smoothing = _frozen(teacher, config), config, label_smoothing
+        self.teacher, self.config = _frozen(teacher, config), config
         betas = {name: METHODS[name].beta if term.beta is None else term.beta for name, term in config.losses.items()}
         self.modules = nn.ModuleDict(
             {name: METHODS[name].build(**term.options, beta=betas[name]) for name, term in config.losses.items()}
         )
-        self.kd = losses.LogitDistillation(config.temperature)
+        self.logits = losses.CrossEntropyDistillation(
+            config.cross_entropy_weight, config.kd_weight, config.temperature, label_smoothing=label_smoothing
+        )
         self.settings: Mapping[str, JSON] = {"distillation": {**_plain(asdict(config)), "betas": betas}}
         self._taps: surgery.Taps | None = None
 
@@ -144,16 +145,16 @@ class Distillation:
         logits = forward(images)
         with torch.no_grad():
             teacher_logits = self.teacher(images)
-        cross_entropy = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        total = self.logits(logits, labels, teacher_logits if self.config.kd_weight else None)
+        assert self.logits.last is not None
+        cross_entropy, kd = self.logits.last
         terms = {"cross_entropy": cross_entropy}
-        total = self.config.cross_entropy_weight * cross_entropy
         for name, loss in self._feature_losses():
             total = total + self._feature_loss(loss, progress)
             assert loss.last is not None
             terms[name] = loss.last
         if self.config.kd_weight:
-            terms["kd"] = self.kd(logits, teacher_logits)
-            total = total + self.config.kd_weight * terms["kd"]
+            terms["kd"] = kd
         return StepLosses(total, logits, terms)
 
     def tap_names(self, term: str) -> list[str] | None:

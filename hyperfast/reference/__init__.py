@@ -6,6 +6,13 @@ from hyperfast.reference.attention_transfer import (
     attention_transfer_backward,
     attention_transfer_forward,
 )
+from hyperfast.reference.cross_entropy_distillation import (
+    DIVERGENCES,
+    LOGIT_STATISTICS,
+    cross_entropy_distillation,
+    cross_entropy_distillation_backward,
+    cross_entropy_distillation_forward,
+)
 from hyperfast.reference.flow_of_solution import (
     REDUCTIONS,
     flow_of_solution,
@@ -43,9 +50,11 @@ from hyperfast.reference.similarity_preserving import (
 
 __all__ = [
     "ACTIVATIONS",
+    "DIVERGENCES",
     "ENCODINGS",
     "FUSIONS",
     "LEAKY_SLOPE",
+    "LOGIT_STATISTICS",
     "MODES",
     "PRECISIONS",
     "PREDICT_ACTIVATIONS",
@@ -55,6 +64,9 @@ __all__ = [
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
+    "cross_entropy_distillation",
+    "cross_entropy_distillation_backward",
+    "cross_entropy_distillation_forward",
     "flow_of_solution",
     "flow_of_solution_backward",
     "flow_of_solution_forward",

@@ -133,12 +133,13 @@ def taps(
     at: At = "stages",
     teacher_at: At | None = None,
     clone: bool = False,
+    detach_teacher: bool = True,
 ) -> Iterator[Taps]:
     """Record feature maps of a student and a teacher during the forwards made inside the `with` block.
 
     Args:
         student: any module; also a `Hypernetwork`, a compiled module, or one inside DistributedDataParallel.
-        teacher: any module. Its maps are detached. Put it in eval mode, otherwise distillation moves its statistics.
+        teacher: any module. Put it in eval mode, otherwise distillation moves its statistics.
         at: where to read; one of
 
             - `"stages"`: the model's `tap_stages` (globs) where it declares them; else the outputs of its outermost
@@ -153,6 +154,7 @@ def taps(
         teacher_at: the same for a teacher whose modules have other names; default `at`.
         clone: copy every map. Needed where the model overwrites it with a functional in-place operation such as
             `out += shortcut`; reading such a map raises otherwise.
+        detach_teacher: False keeps the graph of the teacher's maps, for a loss that differentiates them by the images.
 
     Yields:
         `Taps` with `.student` and `.teacher`, mappings from `TapKey` to tensor in call order. A second forward of a
@@ -184,7 +186,8 @@ def taps(
         found = [(network, find_taps(network, where), record) for network, where, record in networks]
         for network, points, record in found:
             stack.enter_context(_without_inplace(network))
-            _attach(network, points, record, clone, detach=record is records.teacher, stack=stack)
+            detach = detach_teacher and record is records.teacher
+            _attach(network, points, record, clone, detach, stack)
         yield records
 
 

@@ -268,6 +268,50 @@ def test_gram_losses_in_a_cuda_graph(loss: str) -> None:
     assert all(torch.equal(s.grad, e) for s, e in zip(student, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 10, 1000, 1003, 50_257])
+@pytest.mark.parametrize("mode", ["kl", "stable", "multi_stable"])
+def test_cross_entropy_distillation_agrees_with_float64(mode: str, classes: int, dtype: torch.dtype) -> None:
+    student, teacher = (3 * torch.randn(37, classes).to(dtype) for _ in range(2))
+    labels = torch.randint(classes, (37,))
+    labels[:3] = torch.tensor([0, classes - 1, -100])
+    results = []
+    for backend, device, kind in (("reference", "cpu", torch.float64), ("cuda", "cuda", dtype)):
+        leaf = student.to(device, kind).requires_grad_()
+        with hyperfast.use_backend(backend):
+            losses = functional.cross_entropy_distillation(
+                leaf, teacher.to(device, kind), labels.to(device), mode=mode, label_smoothing=0.1
+            )
+        results.append([losses.detach(), *torch.autograd.grad(1000 * losses.sum(), leaf)])
+    bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert results[1][1].dtype == dtype
+    assert _relative_error(results[1][0], results[0][0]) < 1e-5
+    assert _relative_error(results[1][1], results[0][1]) < bound
+
+
+@pytest.mark.parametrize("classes", [100, 5000])
+def test_cross_entropy_distillation_is_one_launch_each_way(classes: int) -> None:
+    student, teacher = torch.randn(64, classes, device="cuda"), torch.randn(64, classes, device="cuda")
+    labels, options = torch.randint(classes, (64,), device="cuda"), (4.0, "kl", 0.0, -100)
+    operation = torch.ops.hyperfast
+    with hyperfast.use_backend("cuda"):
+        losses, statistics, _ = operation.cross_entropy_distillation(student, teacher, labels, *options, None)
+        forward = _kernels(lambda: operation.cross_entropy_distillation(student, teacher, labels, *options, None))
+        backward = _kernels(
+            lambda: operation.cross_entropy_distillation_backward(
+                losses, student, teacher, labels, statistics, *options
+            )
+        )
+    assert len(forward) == 1, forward
+    assert len(backward) == 1, backward
+
+
+def test_cross_entropy_distillation_shows_a_label_that_is_none_of_the_classes() -> None:
+    student, labels = torch.randn(4, 10, device="cuda", requires_grad=True), torch.tensor([1, 2, 10, 3], device="cuda")
+    losses = functional.cross_entropy_distillation(student, student.detach(), labels)
+    assert losses[0].isnan() and not losses[1].isnan()
+
+
 @pytest.mark.parametrize("hidden", [16, 45, 128])
 @pytest.mark.parametrize("rule", ["sgd", "nesterov", "adam", "adamw"])
 def test_rank_one_update_agrees_with_float64(rule: str, hidden: int) -> None:

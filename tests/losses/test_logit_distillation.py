@@ -1,10 +1,11 @@
-"""Golden values of RepDistiller and NeRN, invariances, float32 arithmetic, bad input."""
+"""Golden values of RepDistiller and NeRN, invariances, float32 arithmetic, the weighted sum, bad input."""
 
 import pytest
 import torch
 from helpers import golden as load_golden
+from torch.nn import functional as F
 
-from hyperfast.losses import LogitDistillation
+from hyperfast.losses import CrossEntropyDistillation, LogitDistillation
 
 GOLDEN = load_golden()
 NERN = load_golden("nern")
@@ -100,5 +101,69 @@ def test_repr_shows_the_mode_where_it_is_not_the_usual_one():
 def test_shapes_and_devices():
     with pytest.raises(ValueError, match=r"\[2, 10\], teacher_logits \[2, 100\]; expected \[B, classes\] for both"):
         LogitDistillation()(torch.randn(2, 10), torch.randn(2, 100))
-    with pytest.raises(ValueError, match="on cpu, teacher_logits on meta; move one"):
+    with pytest.raises(ValueError, match="student_logits on cpu, teacher_logits on meta. Move them"):
         LogitDistillation()(torch.randn(2, 10), torch.randn(2, 10, device="meta"))
+
+
+# With cross-entropy
+
+
+def batch(dtype=torch.float32):
+    return torch.randn(6, 9, dtype=dtype, requires_grad=True), torch.randint(9, (6,)), torch.randn(6, 9, dtype=dtype)
+
+
+def test_the_weighted_sum_of_both_and_what_is_kept_of_it():
+    student, labels, teacher = batch(torch.float64)
+    loss = CrossEntropyDistillation(0.3, 0.7, temperature=2.0, label_smoothing=0.1)
+    found = loss(student, labels, teacher)
+    terms = F.cross_entropy(student, labels, label_smoothing=0.1), LogitDistillation(2.0)(student, teacher)
+    torch.testing.assert_close(found, 0.3 * terms[0] + 0.7 * terms[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.last, torch.stack(terms).detach(), rtol=1e-12, atol=0)
+    assert not loss.last.requires_grad
+    (gradient,) = torch.autograd.grad(found, student)
+    (expected,) = torch.autograd.grad(0.3 * terms[0] + 0.7 * terms[1], student)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_weights_may_change_from_step_to_step():
+    student, labels, teacher = batch()
+    loss = CrossEntropyDistillation()
+    before = loss(student, labels, teacher)
+    loss.kd_weight = 0.0
+    assert before != loss(student, labels, teacher) == loss.last[0]
+
+
+def test_without_a_teacher_it_is_cross_entropy():
+    student, labels, _ = batch()
+    loss = CrossEntropyDistillation(ignore_index=4)
+    found = loss(student, labels)
+    torch.testing.assert_close(found, F.cross_entropy(student, labels, ignore_index=4))
+    assert torch.equal(found, loss.last[0]) and loss.last[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_weighted_sum_is_float32_also_under_autocast(dtype):
+    student, labels, teacher = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = CrossEntropyDistillation()(student.to(dtype), labels, teacher.to(dtype))
+    assert found.dtype == torch.float32
+
+
+def test_repr_of_the_weighted_sum():
+    assert repr(CrossEntropyDistillation(kd_weight=0.9)) == (
+        "CrossEntropyDistillation(cross_entropy_weight=1.0, kd_weight=0.9, temperature=4.0, mode='kl', "
+        "label_smoothing=0.0)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1; expected a positive number"),
+        ({"mode": "soft"}, "mode is 'soft'"),
+        ({"label_smoothing": 2}, "label_smoothing is 2; expected a number from 0 to 1"),
+    ],
+)
+def test_options_of_the_weighted_sum(options, message):
+    with pytest.raises(ValueError, match=message):
+        CrossEntropyDistillation(**options)

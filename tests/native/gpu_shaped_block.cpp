@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/attention_transfer.h"
+#include "common/cross_entropy_distillation.h"
 #include "common/generate.h"
 #include "common/rank_one_update.h"
 #include "common/ranger_update.h"
@@ -44,6 +45,25 @@ struct GpuLanes : native::Lanes<float> {
     float total[1];
     sums(n, total, [&](int, auto i) { return f(i); });
     return total[0];
+  }
+  template <class F>
+  void for_each_padded(int64_t n, F f) const {
+    for_each(n, f);
+  }
+  template <int R, class F>
+  void add_padded(int64_t n, float (&totals)[R], F f) const {
+    for (int r = 0; r < R; ++r) totals[r] = 0;
+    for_each(n, [&](auto i) {
+      constexpr int kAtOnce = decltype(i)::width;
+      native::Vector<float, kAtOnce> part[R] = {};
+      f(i, part);
+      for (int r = 0; r < R; ++r) totals[r] += native::add_up<float, kAtOnce>(part[r]);
+    });
+  }
+  template <class F>
+  float maximum_padded(int64_t n, float most, F f) const {
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, f(native::Positions<1>{i}));
+    return most;
   }
 };
 
@@ -210,6 +230,48 @@ void test_attention(AttentionMode mode, bool channels_last) {
   compare("gradient", a.gradient, b.gradient);
 }
 
+struct Logits {
+  std::vector<float> losses, statistics, gradient;
+};
+
+template <class Block>
+Logits compare_logits(LogitParams p) {
+  Block block;
+  Logits out{std::vector<float>(2, NAN), std::vector<float>(6 * p.rows + 1, NAN),
+             std::vector<float>(p.rows * p.classes, NAN)};
+  std::vector<float> shares(3 * p.rows, NAN), grad{0.3f, 0.7f};
+  p.losses = out.losses.data();
+  p.shares = shares.data();
+  p.statistics = out.statistics.data();
+  p.grad = grad.data();
+  p.d_student = out.gradient.data();
+  block.partition(0, p.rows, [&](int64_t row, auto& lanes) { logit_row<float>(lanes, p, row); });
+  logit_finish(block, p);
+  block.partition(0, p.rows, [&](int64_t row, auto& lanes) {
+    logit_gradient_row<float>(lanes, p, row, *statistics_of<float>(p, row));
+  });
+  return out;
+}
+
+void test_logits(Divergence divergence, int64_t classes, double temperature, double smoothing) {
+  LogitParams p;
+  p.divergence = divergence;
+  p.temperature = temperature;
+  p.smoothing = smoothing;
+  p.rows = 13;
+  p.classes = classes;
+  const auto student = draw(p.rows * classes), teacher = draw(p.rows * classes);
+  std::vector<int64_t> labels(p.rows);
+  for (int64_t row = 0; row < p.rows; ++row) labels[row] = row == 4 ? p.ignored : row * (classes - 1) / 12;
+  p.student = student.data();
+  p.teacher = teacher.data();
+  p.labels = labels.data();
+  const Logits a = compare_logits<GpuBlock>(p), b = compare_logits<native::Block<float>>(p);
+  compare("logit losses", a.losses, b.losses);
+  compare("logit statistics", a.statistics, b.statistics);
+  compare("logit gradient", a.gradient, b.gradient);
+}
+
 template <UpdateRule kRule, class AnyBlock>
 std::vector<std::vector<float>> rank_one(RankOneParams p, std::vector<std::vector<float>> tensors) {
   AnyBlock block;
@@ -301,6 +363,9 @@ int main() {
   test_generate(2, {0, 0, 150, 300}, {}, 300, 32);
   for (AttentionMode mode : {AttentionMode::kCode, AttentionMode::kPaper, AttentionMode::kZoo})
     for (bool channels_last : {false, true}) test_attention(mode, channels_last);
+  for (Divergence divergence : {Divergence::kKl, Divergence::kStable, Divergence::kMultiStable})
+    for (int64_t classes : {10, 64, 5003}) test_logits(divergence, classes, 4, 0.1);
+  test_logits(Divergence::kKl, 1000, 1, 0);
   test_rank_one<UpdateRule::kSgd>(30, 16, {});
   test_rank_one<UpdateRule::kMomentum>(30, 45, {});
   test_rank_one<UpdateRule::kNesterov>(30, 16, {0, 0, 9, 30});

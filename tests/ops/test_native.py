@@ -96,6 +96,18 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             found.append([losses.detach(), *torch.autograd.grad(losses.sum() * 1000, student)])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=2e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    student, teacher = (torch.randn(6, 77).mul(4).to(dtype) for _ in range(2))
+    labels = torch.tensor([0, 76, 3, -100, 64, 5])
+    for mode in ("kl", "stable", "multi_stable"):
+        found = []
+        for backend in ("cpu", "reference"):
+            leaf = student.clone().requires_grad_()
+            with hyperfast.use_backend(backend):
+                losses = functional.cross_entropy_distillation(leaf, teacher, labels, mode=mode)
+                found.append([losses.detach(), *torch.autograd.grad(losses.sum() * 1000, leaf)])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-5 if dtype.itemsize > 2 else 2e-2, atol=1e-4)
 weights = [torch.randn(5, 4, requires_grad=True), torch.randn(19, 5, requires_grad=True)]
 biases = [torch.randn(5, requires_grad=True), torch.randn(19, requires_grad=True)]
 head, theta0 = torch.randn(1001, 19, requires_grad=True), torch.randn(1001, requires_grad=True)

@@ -190,6 +190,13 @@ def test_gradients_flow_to_the_student_only(net, x):
     assert not any(features.requires_grad for features in record.teacher.values())
 
 
+def test_the_teacher_s_graph_is_kept_on_request(net, x):
+    teacher, x = copy.deepcopy(net).requires_grad_(False), x.clone().requires_grad_()
+    with taps(net, teacher, detach_teacher=False) as record:
+        net(x), teacher(x)
+    assert all(features.requires_grad for features in record.teacher.values())
+
+
 def test_a_module_called_twice_gives_two_taps(net, x):
     with taps(net, at="layer1.0.relu:input") as record:
         net(x)
