@@ -21,7 +21,7 @@ import hyperfast
 _Named = TypeVar("_Named", "Case", "Provider")
 
 NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
-NAMES += ("training_step",)
+NAMES += ("training_step", "activation_boundary", "fitnets", "unit_distance")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 #include <cstdlib>
 #include <string>
 
+#include "hyperfast/activation_boundary.h"
 #include "hyperfast/attention_transfer.h"
+#include "hyperfast/fitnets.h"
 #include "hyperfast/generate.h"
 #include "hyperfast/greedy_chain.h"
 #include "hyperfast/predict.h"
 #include "hyperfast/rank_one_update.h"
 #include "hyperfast/ranger_update.h"
+#include "hyperfast/unit_distance.h"
 
 namespace hyperfast {
 
@@ -22,6 +25,9 @@ struct CpuKernels {
   bool (*predict)(const PredictParams&, int threads);  // false: an index is outside its table
   void (*rank_one_update)(const RankOneParams&, int threads);
   void (*ranger_update)(const RangerParams&, int threads);
+  void (*activation_boundary)(const ActivationBoundaryParams&, int threads);
+  void (*fitnets)(const FitNetsParams&, int threads);
+  void (*unit_distance)(const UnitDistanceParams&, int threads);
 };
 
 #define HYPERFAST_DECLARE(isa)                                   \
@@ -34,6 +40,9 @@ struct CpuKernels {
   bool predict(const PredictParams&, int);                       \
   void rank_one_update(const RankOneParams&, int);               \
   void ranger_update(const RangerParams&, int);                  \
+  void activation_boundary(const ActivationBoundaryParams&, int);\
+  void fitnets(const FitNetsParams&, int);                       \
+  void unit_distance(const UnitDistanceParams&, int);            \
   inline CpuKernels kernels() {                                  \
     return {#isa,                                                \
             generate_forward,                                    \
@@ -43,7 +52,10 @@ struct CpuKernels {
             greedy_chain,                                        \
             predict,                                             \
             rank_one_update,                                     \
-            ranger_update};                                      \
+            ranger_update,                                       \
+            activation_boundary,                                 \
+            fitnets,                                             \
+            unit_distance};                                      \
   }                                                              \
   }
 

@@ -14,7 +14,9 @@
 //          load_in_order             load() from memory that is read from end to end
 //          prefetch                  asks for a vector that will be read later
 //          stream                    store() of what will not be read soon
+//          load_bits                 one bit per position, as 0 or 1; a vector begins at a multiple of its width
 //          abs / sign / sqrt         of one vector
+//          relu / step               the positive part, and 1 where there is one, else 0
 //          once(f)                   f() by one of the lanes
 #pragma once
 #include <cmath>
@@ -289,6 +291,25 @@ struct Lanes {
   HF_INLINE V sign(V x) const {
     const V one = V{} + A(1), none = V{};
     return x > A(0) ? one : (x < A(0) ? -one : none);
+  }
+  template <class V>
+  HF_INLINE V relu(V x) const { return x < A(0) ? V{} : x; }  // a NaN stays one
+  template <class V>
+  HF_INLINE V step(V x) const { return x > A(0) ? V{} + A(1) : V{}; }
+  template <int N>
+  HF_INLINE Vector<A, N> load_bits(const uint8_t* p, Positions<N> i) const {
+    p += i.at / 8;
+    if constexpr (N == 1) {
+      return A(*p >> i.at % 8 & 1);
+    } else {
+      using Word = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+      uint16_t bits = *p;
+      if constexpr (N > 8) std::memcpy(&bits, p, 2);
+      Vector<Word, N> selected;
+      for (int k = 0; k < N; ++k) selected[k] = Word(1) << k;
+      selected &= Word(bits >> i.at % 8);
+      return selected != 0 ? Vector<A, N>{} + A(1) : Vector<A, N>{};
+    }
   }
   template <int N>
   HF_INLINE Vector<A, N> zero(Positions<N>) const { return Vector<A, N>{}; }

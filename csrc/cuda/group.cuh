@@ -173,6 +173,27 @@ struct Lanes {
     for (int k = 0; k < N; ++k) x.value[k] = A((x.value[k] > 0) - (x.value[k] < 0));
     return x;
   }
+  template <int N>
+  __device__ Vector<A, N> relu(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = x.value[k] < 0 ? A(0) : x.value[k];  // a NaN stays one
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> step(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = A(x.value[k] > 0);
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> load_bits(const uint8_t* p, Positions<N> i) const {
+    static_assert(N <= 8);
+    const unsigned bits = p[i.at / 8] >> i.at % 8;
+    Vector<A, N> v;
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) v.value[k] = A(bits >> k & 1);
+    return v;
+  }
 };
 
 template <class A, int kLanes>

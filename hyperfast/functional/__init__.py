@@ -4,26 +4,33 @@ Layers (`hyperfast.nn`) and losses (`hyperfast.losses`) are thin holders of para
 Checks look at shapes, dtypes and devices only; none of them waits for the device.
 """
 
+from hyperfast.functional.activation_boundary import activation_boundary, pack_signs
 from hyperfast.functional.attention_transfer import attention_transfer
+from hyperfast.functional.fitnets import fitnets
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
 from hyperfast.functional.predict import fourier_features, positional_embedding, predict, squared_error
 from hyperfast.functional.quantize import dequantize, fake_quantize, quantize
 from hyperfast.functional.ranger_update import ranger_update
 from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one
+from hyperfast.functional.unit_distance import unit_distance
 
 __all__ = [
+    "activation_boundary",
     "adam_rank_one",
     "attention_transfer",
     "dequantize",
     "fake_quantize",
+    "fitnets",
     "fourier_features",
     "generate",
     "greedy_chain",
+    "pack_signs",
     "positional_embedding",
     "predict",
     "quantize",
     "ranger_update",
     "sgd_rank_one",
     "squared_error",
+    "unit_distance",
 ]

@@ -1,11 +1,18 @@
 """Every operation in plain PyTorch: the specification in code, and the yardstick of the tests and benchmarks."""
 
+from hyperfast.reference.activation_boundary import (
+    activation_boundary,
+    activation_boundary_backward,
+    activation_boundary_forward,
+    pack_signs,
+)
 from hyperfast.reference.attention_transfer import (
     MODES,
     attention_transfer,
     attention_transfer_backward,
     attention_transfer_forward,
 )
+from hyperfast.reference.fitnets import fitnets, fitnets_backward, fitnets_forward
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
 from hyperfast.reference.greedy_chain import SIMILARITIES, greedy_chain
 from hyperfast.reference.predict import (
@@ -22,6 +29,7 @@ from hyperfast.reference.predict import (
 )
 from hyperfast.reference.ranger_update import ranger_update
 from hyperfast.reference.rank_one_update import adam_rank_one, sgd_rank_one
+from hyperfast.reference.unit_distance import unit_distance, unit_distance_backward, unit_distance_forward
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,14 +40,21 @@ __all__ = [
     "PRECISIONS",
     "PREDICT_ACTIVATIONS",
     "SIMILARITIES",
+    "activation_boundary",
+    "activation_boundary_backward",
+    "activation_boundary_forward",
     "adam_rank_one",
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
+    "fitnets",
+    "fitnets_backward",
+    "fitnets_forward",
     "fourier_features",
     "generate",
     "generate_backward",
     "greedy_chain",
+    "pack_signs",
     "positional_embedding",
     "predict",
     "predict_backward",
@@ -47,4 +62,7 @@ __all__ = [
     "sgd_rank_one",
     "squared_error",
     "squared_error_with_gradient",
+    "unit_distance",
+    "unit_distance_backward",
+    "unit_distance_forward",
 ]
