@@ -15,7 +15,8 @@
 //          prefetch                  asks for a vector that will be read later
 //          stream                    store() of what will not be read soon
 //          load_bits                 one bit per position, as 0 or 1; a vector begins at a multiple of its width
-//          abs / sign / sqrt         of one vector
+//          abs / sign / sqrt / exp   of one vector
+//          log                       of one vector of positive normal numbers
 //          relu / step               the positive part, and 1 where there is one, else 0
 //          once(f)                   f() by one of the lanes
 #pragma once
@@ -31,10 +32,7 @@
 #endif
 
 #include "common/portable.h"
-
-#ifndef HYPERFAST_ISA
-#define HYPERFAST_ISA baseline
-#endif
+#include "cpu/vector_math.h"
 
 namespace hyperfast {
 namespace HYPERFAST_ISA {
@@ -99,17 +97,6 @@ struct Float16 {
   }
 #endif
 };
-
-template <class A, int N>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(N * sizeof(A)), aligned(sizeof(A))));
-};
-template <class A>
-struct VectorOf<A, 1> {
-  typedef A type;
-};
-template <class A, int N>
-using Vector = typename VectorOf<A, N>::type;
 
 // `width` consecutive positions from `at` on.
 template <int N>
@@ -285,6 +272,10 @@ struct Lanes {
       return x;
     }
   }
+  template <class V>
+  HF_INLINE V exp(V x) const { return exp_of<A, sizeof(V) / sizeof(A)>(x); }
+  template <class V>
+  HF_INLINE V log(V x) const { return log_of<A, sizeof(V) / sizeof(A)>(x); }
   template <class V>
   HF_INLINE V abs(V x) const { return x < A(0) ? -x : x; }
   template <class V>

@@ -162,6 +162,18 @@ struct Lanes {
     return x;
   }
   template <int N>
+  __device__ Vector<A, N> exp(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = ::exp(x.value[k]);
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> log(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = ::log(x.value[k]);
+    return x;
+  }
+  template <int N>
   __device__ Vector<A, N> abs(Vector<A, N> x) const {
     HF_UNROLL
     for (int k = 0; k < N; ++k) x.value[k] = x.value[k] < 0 ? -x.value[k] : x.value[k];
