@@ -22,6 +22,7 @@ _Named = TypeVar("_Named", "Case", "Provider")
 
 NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
 NAMES += ("training_step", "activation_boundary", "fitnets", "unit_distance")
+NAMES += ("channel_wise_distillation",)
 
 
 @dataclass(frozen=True)

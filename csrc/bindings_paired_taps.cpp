@@ -27,18 +27,20 @@ void add_tap(PairedParams& p, Address student, Address teacher, Address d_studen
 
 template <class Params>
 void bind_cpu(py::module_& m, const char* name, void (*CpuKernels::*kernel)(const Params&, int)) {
-  m.def(name, [kernel](const Params& p, int threads) { (cpu_kernels().*kernel)(p, threads); }, py::arg("params"),
-        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      name, [kernel](const Params& p, int threads) { (cpu_kernels().*kernel)(p, threads); }, py::arg("params"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 #if HYPERFAST_WITH_CUDA
 template <class Params>
 void bind_cuda(py::module_& m, const char* name, const char* (*kernel)(const Params&, void*, void*, int)) {
-  m.def(name,
-        [kernel](const Params& p, Address ticket, Address stream, int device) {
-          check(kernel(p, pointer(ticket), pointer(stream), device));
-        },
-        py::arg("params"), py::arg("ticket"), py::arg("stream"), py::arg("device"));
+  m.def(
+      name,
+      [kernel](const Params& p, Address ticket, Address stream, int device) {
+        check(kernel(p, pointer(ticket), pointer(stream), device));
+      },
+      py::arg("params"), py::arg("ticket"), py::arg("stream"), py::arg("device"));
 }
 #endif
 
@@ -95,11 +97,22 @@ void bind_paired_taps(py::module_& m) {
            }),
            py::kw_only(), py::arg("dtype"), py::arg("power"), py::arg("eps"), py::arg("added"));
 
+  py::class_<ChannelWiseDistillationParams, PairedParams>(m, "ChannelWiseDistillationParams")
+      .def(py::init([](int dtype, double temperature) {
+             ChannelWiseDistillationParams p;
+             p.dtype = DType(dtype);
+             p.temperature = temperature;
+             return p;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("temperature"));
+
   bind_cpu(m, "activation_boundary_cpu", &CpuKernels::activation_boundary);
+  bind_cpu(m, "channel_wise_distillation_cpu", &CpuKernels::channel_wise_distillation);
   bind_cpu(m, "fitnets_cpu", &CpuKernels::fitnets);
   bind_cpu(m, "unit_distance_cpu", &CpuKernels::unit_distance);
 #if HYPERFAST_WITH_CUDA
   bind_cuda(m, "activation_boundary_cuda", &activation_boundary_cuda);
+  bind_cuda(m, "channel_wise_distillation_cuda", &channel_wise_distillation_cuda);
   bind_cuda(m, "fitnets_cuda", &fitnets_cuda);
   bind_cuda(m, "unit_distance_cuda", &unit_distance_cuda);
 #endif

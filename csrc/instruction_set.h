@@ -5,6 +5,7 @@
 
 #include "hyperfast/activation_boundary.h"
 #include "hyperfast/attention_transfer.h"
+#include "hyperfast/channel_wise_distillation.h"
 #include "hyperfast/fitnets.h"
 #include "hyperfast/generate.h"
 #include "hyperfast/greedy_chain.h"
@@ -26,37 +27,40 @@ struct CpuKernels {
   void (*rank_one_update)(const RankOneParams&, int threads);
   void (*ranger_update)(const RangerParams&, int threads);
   void (*activation_boundary)(const ActivationBoundaryParams&, int threads);
+  void (*channel_wise_distillation)(const ChannelWiseDistillationParams&, int threads);
   void (*fitnets)(const FitNetsParams&, int threads);
   void (*unit_distance)(const UnitDistanceParams&, int threads);
 };
 
-#define HYPERFAST_DECLARE(isa)                                   \
-  namespace isa {                                                \
-  void generate_forward(const GenerateParams&, int);             \
-  void generate_backward(const GenerateParams&, int);            \
-  void attention_transfer_forward(const AttentionParams&, int);  \
-  void attention_transfer_backward(const AttentionParams&, int); \
-  void greedy_chain(const GreedyChainParams&, int);              \
-  bool predict(const PredictParams&, int);                       \
-  void rank_one_update(const RankOneParams&, int);               \
-  void ranger_update(const RangerParams&, int);                  \
-  void activation_boundary(const ActivationBoundaryParams&, int);\
-  void fitnets(const FitNetsParams&, int);                       \
-  void unit_distance(const UnitDistanceParams&, int);            \
-  inline CpuKernels kernels() {                                  \
-    return {#isa,                                                \
-            generate_forward,                                    \
-            generate_backward,                                   \
-            attention_transfer_forward,                          \
-            attention_transfer_backward,                         \
-            greedy_chain,                                        \
-            predict,                                             \
-            rank_one_update,                                     \
-            ranger_update,                                       \
-            activation_boundary,                                 \
-            fitnets,                                             \
-            unit_distance};                                      \
-  }                                                              \
+#define HYPERFAST_DECLARE(isa)                                               \
+  namespace isa {                                                            \
+  void generate_forward(const GenerateParams&, int);                         \
+  void generate_backward(const GenerateParams&, int);                        \
+  void attention_transfer_forward(const AttentionParams&, int);              \
+  void attention_transfer_backward(const AttentionParams&, int);             \
+  void greedy_chain(const GreedyChainParams&, int);                          \
+  bool predict(const PredictParams&, int);                                   \
+  void rank_one_update(const RankOneParams&, int);                           \
+  void ranger_update(const RangerParams&, int);                              \
+  void activation_boundary(const ActivationBoundaryParams&, int);            \
+  void channel_wise_distillation(const ChannelWiseDistillationParams&, int); \
+  void fitnets(const FitNetsParams&, int);                                   \
+  void unit_distance(const UnitDistanceParams&, int);                        \
+  inline CpuKernels kernels() {                                              \
+    return {#isa,                                                            \
+            generate_forward,                                                \
+            generate_backward,                                               \
+            attention_transfer_forward,                                      \
+            attention_transfer_backward,                                     \
+            greedy_chain,                                                    \
+            predict,                                                         \
+            rank_one_update,                                                 \
+            ranger_update,                                                   \
+            activation_boundary,                                             \
+            channel_wise_distillation,                                       \
+            fitnets,                                                         \
+            unit_distance};                                                  \
+  }                                                                          \
   }
 
 HYPERFAST_DECLARE(baseline)

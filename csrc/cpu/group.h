@@ -10,6 +10,7 @@
 //   Lanes  for_each(n, f)            f(i) for vectors i of positions that cover n
 //          sum(n, f)                 sum of f(i) over them
 //          sums(n, totals, f)        several sums at once, totals[r] of f(r, i)
+//          largest(n, f)             the largest number of f(i)
 //          load / store              one vector, converted to the accumulator type
 //          load_in_order             load() from memory that is read from end to end
 //          prefetch                  asks for a vector that will be read later
@@ -18,12 +19,14 @@
 //          abs / sign / sqrt / exp   of one vector
 //          log                       of one vector of positive normal numbers
 //          relu / step               the positive part, and 1 where there is one, else 0
+//          max                       of two vectors, element by element
 //          once(f)                   f() by one of the lanes
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 
@@ -114,6 +117,18 @@ HF_INLINE A add_up(Vector<A, N> v) {
     std::memcpy(&low, &v, sizeof(low));
     std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
     return add_up<A, N / 2>(low + high);
+  }
+}
+
+template <class A, int N>
+HF_INLINE A largest_of(Vector<A, N> v) {
+  if constexpr (N == 1) {
+    return v;
+  } else {
+    Vector<A, N / 2> low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return largest_of<A, N / 2>(low > high ? low : high);
   }
 }
 
@@ -242,6 +257,19 @@ struct Lanes {
   }
 
   template <class F>
+  HF_INLINE A largest(int64_t n, F f) const {
+    A top = -std::numeric_limits<A>::infinity();
+    int64_t i = 0;
+    if (n >= kWidth) {
+      auto vector = f(Positions<kWidth>{0});
+      for (i = kWidth; i + kWidth <= n; i += kWidth) vector = max(vector, f(Positions<kWidth>{i}));
+      top = largest_of<A, kWidth>(vector);
+    }
+    for (; i < n; ++i) top = max(top, f(Positions<1>{i}));
+    return top;
+  }
+
+  template <class F>
   HF_INLINE void once(F f) const { f(); }
 
   HF_INLINE int64_t index() const { return 0; }
@@ -283,6 +311,8 @@ struct Lanes {
     const V one = V{} + A(1), none = V{};
     return x > A(0) ? one : (x < A(0) ? -one : none);
   }
+  template <class V>
+  HF_INLINE V max(V x, V y) const { return x > y ? x : y; }
   template <class V>
   HF_INLINE V relu(V x) const { return x < A(0) ? V{} : x; }  // a NaN stays one
   template <class V>

@@ -115,6 +115,22 @@ struct Lanes {
   }
 
   template <class F>
+  __device__ A largest(int64_t n, F f) const {
+    A top = -INFINITY;
+    for_each(n, [&](auto i) {
+      const auto part = f(i);
+      HF_UNROLL
+      for (int k = 0; k < i.width; ++k) top = part.value[k] > top ? part.value[k] : top;
+    });
+    HF_UNROLL
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      const A other = __shfl_xor_sync(mask(), top, offset, kLanes);
+      top = other > top ? other : top;
+    }
+    return top;
+  }
+
+  template <class F>
   __device__ void once(F f) const {
     if (lane() == 0) f();
   }
@@ -183,6 +199,12 @@ struct Lanes {
   __device__ Vector<A, N> sign(Vector<A, N> x) const {
     HF_UNROLL
     for (int k = 0; k < N; ++k) x.value[k] = A((x.value[k] > 0) - (x.value[k] < 0));
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> max(Vector<A, N> x, const Vector<A, N>& y) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = x.value[k] > y.value[k] ? x.value[k] : y.value[k];
     return x;
   }
   template <int N>

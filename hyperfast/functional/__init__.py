@@ -6,6 +6,7 @@ Checks look at shapes, dtypes and devices only; none of them waits for the devic
 
 from hyperfast.functional.activation_boundary import activation_boundary, pack_signs
 from hyperfast.functional.attention_transfer import attention_transfer
+from hyperfast.functional.channel_wise_distillation import channel_wise_distillation
 from hyperfast.functional.fitnets import fitnets
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
@@ -19,6 +20,7 @@ __all__ = [
     "activation_boundary",
     "adam_rank_one",
     "attention_transfer",
+    "channel_wise_distillation",
     "dequantize",
     "fake_quantize",
     "fitnets",

@@ -12,6 +12,11 @@ from hyperfast.reference.attention_transfer import (
     attention_transfer_backward,
     attention_transfer_forward,
 )
+from hyperfast.reference.channel_wise_distillation import (
+    channel_wise_distillation,
+    channel_wise_distillation_backward,
+    channel_wise_distillation_forward,
+)
 from hyperfast.reference.fitnets import fitnets, fitnets_backward, fitnets_forward
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
 from hyperfast.reference.greedy_chain import SIMILARITIES, greedy_chain
@@ -47,6 +52,9 @@ __all__ = [
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
+    "channel_wise_distillation",
+    "channel_wise_distillation_backward",
+    "channel_wise_distillation_forward",
     "fitnets",
     "fitnets_backward",
     "fitnets_forward",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyperfast.reference.reduction import accumulator, divisor
+from hyperfast.reference.reduction import accumulator, divisor, laid_out_as
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -81,5 +81,5 @@ def unit_distance_backward(
         w = (difference.sign() if p == 1 else 2 * difference) * g / divisor(student_map, reduction)
         along = (u * w).sum(1, keepdim=True) * torch.where(norm_s > 0, by_s / torch.where(norm_s > 0, norm_s, 1), 1)
         gradient = torch.where(dead, 0, (w - u * along) / by_s)
-        gradients.append(gradient.view(student_map.shape).to(student_map.dtype))
+        gradients.append(laid_out_as(gradient, student_map))
     return gradients
