@@ -21,8 +21,8 @@ import hyperfast
 _Named = TypeVar("_Named", "Case", "Provider")
 
 NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
-NAMES += ("training_step", "activation_boundary", "fitnets", "unit_distance")
-NAMES += ("channel_wise_distillation",)
+NAMES += ("training_step",)
+NAMES += ("activation_boundary", "channel_wise_distillation", "fitnets", "unit_distance")
 
 
 @dataclass(frozen=True)

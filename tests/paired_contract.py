@@ -289,9 +289,7 @@ class PairedContract:
 
     def test_opcheck_with_an_expectation(self):
         students, teachers = maps(self.shapes[:3], torch.float32)
-        torch.library.opcheck(
-            self.loss.forward, (students, teachers, *self.arguments(**self.cases[-1]), torch.ones(3))
-        )
+        torch.library.opcheck(self.loss.forward, (students, teachers, *self.arguments(**self.cases[-1]), torch.ones(3)))
 
     @pytest.mark.parametrize("sliced", [False, True])
     def test_compiles_to_one_graph_with_dynamic_shapes(self, backend, sliced):
@@ -365,7 +363,10 @@ class PairedContract:
             (lambda s, t: (s, t[:1]), "2 student maps but 1 teacher maps"),
             (lambda s, t: ([], []), "no feature maps were given"),
             (lambda s, t: (s, [t[0], t[1][:1]]), "tap 1: student batch 3, teacher batch 1; .* on the same images"),
-            (lambda s, t: ([s[0].flatten(), s[1]], t), r"student map 0 is torch.float64 \[630\]; expected floats \[B, "),
+            (
+                lambda s, t: ([s[0].flatten(), s[1]], t),
+                r"student map 0 is torch.float64 \[630\]; expected floats \[B, ",
+            ),
             (lambda s, t: (s, [t[0].long(), t[1]]), "teacher map 0 is torch.int64"),
             (lambda s, t: (s, [t[0].to("meta"), t[1]]), "student map 0 on cpu, teacher map 0 on meta"),
             (lambda s, t: ([s[0][:, :2], s[1]], t), r"tap 0: student map \[3, 2, 6, 7\], teacher map \[3, 5, 6, 7\]; "),

@@ -25,9 +25,7 @@ class Inputs:
 def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> Inputs:
     """Normal maps; with the option `relu` as a ReLU leaves them: half of the elements are zero."""
     with drawing(seed):
-        student, teacher = (
-            [torch.randn(shape, device=device) for shape in options["maps"]] for _ in range(2)
-        )
+        student, teacher = ([torch.randn(shape, device=device) for shape in options["maps"]] for _ in range(2))
     if options.get("relu"):
         student, teacher = [s.relu_() for s in student], [t.relu_() for t in teacher]
     return Inputs(student, teacher)
@@ -106,7 +104,10 @@ def feature_operation(
         cases=cases,
         providers=[
             *hyperfast_providers(lambda inputs: work(inputs, ours)),
-            *(Provider(f"eager ({form})", lambda inputs, loss=loss: work(inputs, loss)) for form, loss in eager.items()),
+            *(
+                Provider(f"eager ({form})", lambda inputs, loss=loss: work(inputs, loss))
+                for form, loss in eager.items()
+            ),
             Provider(
                 "torch.compile",
                 lambda inputs: work(inputs, torch.compile(best, fullgraph=True)),

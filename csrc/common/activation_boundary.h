@@ -22,23 +22,20 @@ struct ActivationBoundary {
     T* gradient = static_cast<T*>(tap.d_student) + at;
     const A margin = A(p.margin), scale = -2 * gradient_factor<A>(p, item.tap);
     A totals[2];
-    block_sums(block, item.count, scratch, totals, [&](int r, auto i, auto& lanes) {
-      const auto active = p.packed ? lanes.load_bits(bits, i) : lanes.step(lanes.load_in_order(teacher, i));
+    block_sums(block, item.count, scratch, totals, [&](auto i, auto& lanes, auto add) {
       const auto x = lanes.load_in_order(student, i);
-      if (r == 0) {
-        const auto differs = lanes.step(x) - active;
-        return differs * differs;
-      }
-      const auto sign = active * A(2) + A(-1);
+      const auto active = p.packed ? lanes.load_bits(bits, i) : lanes.step(lanes.load_in_order(teacher, i));
+      const auto sign = active * A(2) + A(-1), differs = lanes.step(x) - active;
       const auto hinge = lanes.relu(sign * x * A(-1) + margin);
       if (p.grad) store_gradient(p, lanes, gradient, i, sign * hinge * scale);
-      return hinge * hinge;
+      add(0, hinge * hinge);
+      add(1, differs * differs);
     });
     block.once([&] {
       if (!p.losses) return;
       A* shares = static_cast<A*>(p.shares);
-      shares[index] = totals[1];
-      shares[p.items + index] = totals[0];
+      shares[index] = totals[0];
+      shares[p.items + index] = totals[1];
     });
   }
 

@@ -6,7 +6,8 @@
 
 namespace hyperfast {
 
-constexpr int64_t kChannelBlock = 32;  // channels that a group of lanes takes at once, where they are innermost
+constexpr double kLargestProduct = 1e15;  // of Z_s / Z_t of some channels, each at most their positions
+constexpr int64_t kChannelBlock = 32;     // channels that a group of lanes takes at once, where they are innermost
 
 // With a = (s - max s) / T, Z_s = sum exp(a), and b, Z_t the same of the teacher's:
 //   KL = sum exp(b) (b - a) / Z_t + log(Z_s / Z_t),    T dKL/ds = (exp(a) Z_t / Z_s - exp(b)) / Z_t.
@@ -25,7 +26,11 @@ struct ChannelWiseDistillation {
     const T* teacher = static_cast<const T*>(tap.teacher) + at;
     T* gradient = p.grad ? static_cast<T*>(tap.d_student) + at : nullptr;
     const A sharpness = A(1 / p.temperature), factor = gradient_factor<A>(p, item.tap) * sharpness;
-    block.for_each(groups, [&](int64_t k) { scratch[k] = 0; });
+    // Per group of lanes: a sum, and a product whose logarithm belongs to it.
+    block.for_each(groups, [&](int64_t k) {
+      scratch[2 * k] = 0;
+      scratch[2 * k + 1] = 1;
+    });
     block.sync();
     if (tap.channels_last) {
       block.partition(0, (tap.channels - 1) / kChannelBlock + 1, [&](int64_t part, auto& lanes) {
@@ -34,20 +39,31 @@ struct ChannelWiseDistillation {
           i.at += first;
           return channels(p, tap, lanes, i, student, teacher, gradient, sharpness, factor);
         });
-        lanes.once([&] { scratch[lanes.index()] += sum; });
+        lanes.once([&] { scratch[2 * lanes.index()] += sum; });
       });
     } else {
       const int64_t n = tap.length / tap.channels;
+      A* kept = n <= Block::kKeptPositions ? scratch + kMostSums * groups : nullptr;
       block.partition(0, tap.channels, [&](int64_t c, auto& lanes) {
-        const A divergence = row(p, lanes, n, student + c * n, teacher + c * n, gradient ? gradient + c * n : nullptr,
-                                 sharpness, factor);
-        lanes.once([&] { scratch[lanes.index()] += divergence; });
+        A quotient;
+        const A linear = row(p, lanes, n, student + c * n, teacher + c * n, gradient ? gradient + c * n : nullptr, kept,
+                             sharpness, factor, quotient);
+        lanes.once([&] {
+          A* mine = scratch + 2 * lanes.index();
+          mine[0] += linear;
+          mine[1] *= quotient;
+          // A logarithm per channel would take as long as all else of a row of 4x4.
+          if (mine[1] > A(kLargestProduct) || mine[1] < A(1 / kLargestProduct)) {
+            mine[0] += std::log(mine[1]);
+            mine[1] = 1;
+          }
+        });
       });
     }
     block.sync();
     block.once([&] {
-      A sum = scratch[0];
-      for (int64_t group = 1; group < groups; ++group) sum += scratch[group];
+      A sum = 0;
+      for (int64_t group = 0; group < groups; ++group) sum += scratch[2 * group] + std::log(scratch[2 * group + 1]);
       if (p.losses) static_cast<A*>(p.shares)[index] = sum;
     });
     block.sync();
@@ -59,21 +75,29 @@ struct ChannelWiseDistillation {
   }
 
  private:
-  // Divergence of one channel, whose n positions are neighbours in memory.
+  // The divergence of one channel, whose n positions are neighbours in memory, but for the logarithm of `quotient`.
+  // `kept`: room for the 2 n exponentials, or null.
   template <class T, class Lanes, class A>
   static HF_BODY A row(const Params& p, Lanes& lanes, int64_t n, const T* student, const T* teacher, T* gradient,
-                       A sharpness, A factor) {
+                       A* kept, A sharpness, A factor, A& quotient) {
     const A top_s = lanes.largest(n, [&](auto i) { return lanes.load_in_order(student, i); });
     const A top_t = lanes.largest(n, [&](auto i) { return lanes.load_in_order(teacher, i); });
+    const A shift_s = -top_s * sharpness, shift_t = -top_t * sharpness;
     A totals[3] = {0, 0, 0};
     for (int64_t first = 0; first < n; first += kRun) {
       A sums[3];
-      lanes.sums(n - first < kRun ? n - first : kRun, sums, [&](int r, auto i) {
+      lanes.accumulate(n - first < kRun ? n - first : kRun, sums, [&](auto i, auto add) {
         i.at += first;
-        const auto a = (lanes.load(student, i) + -top_s) * sharpness;
-        const auto b = (lanes.load(teacher, i) + -top_t) * sharpness;
-        if (r == 0) return lanes.exp(a);
-        return r == 1 ? lanes.exp(b) : lanes.exp(b) * (b - a);
+        const auto a = lanes.load(student, i) * sharpness + shift_s;
+        const auto b = lanes.load(teacher, i) * sharpness + shift_t;
+        const auto x = lanes.exp(a), y = lanes.exp(b);
+        if (kept) {
+          lanes.store(kept, i, x);
+          lanes.store(kept + n, i, y);
+        }
+        add(0, x);
+        add(1, y);
+        add(2, y * (b - a));
       });
       HF_UNROLL
       for (int r = 0; r < 3; ++r) totals[r] += sums[r];
@@ -81,12 +105,17 @@ struct ChannelWiseDistillation {
     if (gradient) {
       const A ratio = totals[1] / totals[0], scale = factor / totals[1];
       lanes.for_each(n, [&](auto i) {
-        const auto a = (lanes.load(student, i) + -top_s) * sharpness;
-        const auto b = (lanes.load(teacher, i) + -top_t) * sharpness;
-        store_gradient(p, lanes, gradient, i, (lanes.exp(a) * ratio - lanes.exp(b)) * scale);
+        if (kept) {
+          store_gradient(p, lanes, gradient, i, (lanes.load(kept, i) * ratio - lanes.load(kept + n, i)) * scale);
+        } else {
+          const auto a = lanes.load(student, i) * sharpness + shift_s;
+          const auto b = lanes.load(teacher, i) * sharpness + shift_t;
+          store_gradient(p, lanes, gradient, i, (lanes.exp(a) * ratio - lanes.exp(b)) * scale);
+        }
       });
     }
-    return totals[2] / totals[1] + std::log(totals[0] / totals[1]);
+    quotient = totals[0] / totals[1];
+    return totals[2] / totals[1];
   }
 
   // Divergences of the channels i, with the channels innermost.

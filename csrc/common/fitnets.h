@@ -23,11 +23,11 @@ struct TeacherVariance {
     const A shift = A(teacher[0]);  // exactly the mean of a constant map
     A total[1], deviations[1];
     block_sums(block, item.count, scratch, total,
-               [&](int, auto i, auto& lanes) { return lanes.load_in_order(teacher, i) + -shift; });
+               [&](auto i, auto& lanes, auto add) { add(0, lanes.load_in_order(teacher, i) + -shift); });
     const A mean = shift + total[0] / A(item.count);
-    block_sums(block, item.count, scratch, deviations, [&](int, auto i, auto& lanes) {
+    block_sums(block, item.count, scratch, deviations, [&](auto i, auto& lanes, auto add) {
       const auto x = lanes.load(teacher, i) + -mean;
-      return x * x;
+      add(0, x * x);
     });
     block.once([&] {
       A* shares = static_cast<A*>(p.shares);
@@ -76,10 +76,10 @@ struct FitNets {
     const A scale =
         2 * gradient_factor<A>(p, item.tap) * (normalizes(p) ? static_cast<const A*>(p.measures)[item.tap] : A(1));
     A total[1];
-    block_sums(block, item.count, scratch, total, [&](int, auto i, auto& lanes) {
+    block_sums(block, item.count, scratch, total, [&](auto i, auto& lanes, auto add) {
       const auto difference = lanes.load_in_order(student, i) - lanes.load_in_order(teacher, i);
       if (p.grad) store_gradient(p, lanes, gradient, i, difference * scale);
-      return difference * difference;
+      add(0, difference * difference);
     });
     block.once([&] {
       if (p.losses) static_cast<A*>(p.shares)[index] = total[0];

@@ -15,7 +15,10 @@ constexpr int64_t kPairedPart = 8 * kRun;  // elements of a work item that is no
 constexpr int kMostSums = 2;               // that are taken at once
 
 // Accumulators of scratch per block.
-HF_INLINE constexpr int64_t paired_scratch(int64_t lane_groups) { return kMostSums * lane_groups; }
+template <class Block>
+HF_INLINE constexpr int64_t paired_scratch(int64_t lane_groups) {
+  return kMostSums * lane_groups + 2 * Block::kKeptPositions;
+}
 
 HF_INLINE int64_t items_of_row(const PairedParams& p, const PairedTap& tap) {
   return p.part ? (tap.length - 1) / p.part + 1 : 1;
@@ -69,7 +72,8 @@ HF_BODY void for_each_vector(Block& block, int64_t n, F f) {
   });
 }
 
-// totals[r] = sum of f(r, i, lanes) over vectors i that cover n, in a fixed order, known to all threads of the block.
+// totals[r] = sum of what f(i, lanes, add) adds with add(r, vector) over vectors i that cover n, in a fixed order,
+// known to all threads of the block.
 template <int R, class Block, class F>
 HF_BODY void block_sums(Block& block, int64_t n, typename Block::Acc* scratch, typename Block::Acc (&totals)[R], F f) {
   using A = typename Block::Acc;
@@ -79,9 +83,9 @@ HF_BODY void block_sums(Block& block, int64_t n, typename Block::Acc* scratch, t
   block.partition(0, (n - 1) / kRun + 1, [&](int64_t run, auto& lanes) {
     const int64_t first = run * kRun;
     A sums[R];
-    lanes.sums(n - first < kRun ? n - first : kRun, sums, [&](int r, auto i) {
+    lanes.accumulate(n - first < kRun ? n - first : kRun, sums, [&](auto i, auto add) {
       i.at += first;
-      return f(r, i, lanes);
+      f(i, lanes, add);
     });
     lanes.once([&] {
       HF_UNROLL

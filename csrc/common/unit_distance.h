@@ -22,9 +22,10 @@ struct UnitDistance {
     const T* student = static_cast<const T*>(tap.student) + at;
     const T* teacher = static_cast<const T*>(tap.teacher) + at;
     A squares[2];
-    block_sums(block, n, scratch, squares, [&](int r, auto i, auto& lanes) {
-      const auto x = lanes.load_in_order(r == 0 ? student : teacher, i);
-      return x * x;
+    block_sums(block, n, scratch, squares, [&](auto i, auto& lanes, auto add) {
+      const auto x = lanes.load_in_order(student, i), y = lanes.load_in_order(teacher, i);
+      add(0, x * x);
+      add(1, y * y);
     });
     const A eps = A(p.eps), norm_s = std::sqrt(squares[0]), norm_t = std::sqrt(squares[1]);
     // A row without a direction is compared with nothing; where eps is added, it is the origin.
@@ -33,13 +34,15 @@ struct UnitDistance {
     const A ratio = dead ? A(0) : (p.added ? norm_s + eps : norm_s) / (p.added ? norm_t + eps : norm_t);
 
     A sums[2];  // of |s - t ratio|^P, and of s times its slope
-    block_sums(block, n, scratch, sums, [&](int r, auto i, auto& lanes) {
-      const auto x = lanes.load(student, i);
-      const auto difference = x - lanes.load(teacher, i) * ratio;
-      if constexpr (P == 1)
-        return r == 0 ? lanes.abs(difference) : x * lanes.sign(difference);
-      else
-        return r == 0 ? difference * difference : x * difference;
+    block_sums(block, n, scratch, sums, [&](auto i, auto& lanes, auto add) {
+      const auto x = lanes.load_in_order(student, i), difference = x - lanes.load_in_order(teacher, i) * ratio;
+      if constexpr (P == 1) {
+        add(0, lanes.abs(difference));
+        add(1, x * lanes.sign(difference));
+      } else {
+        add(0, difference * difference);
+        add(1, x * difference);
+      }
     });
     block.once([&] {
       if (p.losses) static_cast<A*>(p.shares)[index] = P == 1 ? sums[0] * inverse : sums[0] * inverse * inverse;
@@ -52,8 +55,7 @@ struct UnitDistance {
     const A across = along * (inverse * inverse * sums[1] * stretch);
     T* gradient = static_cast<T*>(tap.d_student) + at;
     for_each_vector(block, n, [&](auto i, auto& lanes) {
-      const auto x = lanes.load(student, i);
-      const auto difference = x - lanes.load(teacher, i) * ratio;
+      const auto x = lanes.load_in_order(student, i), difference = x - lanes.load_in_order(teacher, i) * ratio;
       if constexpr (P == 1)
         store_gradient(p, lanes, gradient, i, lanes.sign(difference) * along - x * across);
       else

@@ -10,6 +10,7 @@
 //   Lanes  for_each(n, f)            f(i) for vectors i of positions that cover n
 //          sum(n, f)                 sum of f(i) over them
 //          sums(n, totals, f)        several sums at once, totals[r] of f(r, i)
+//          accumulate(n, totals, f)  the same where f(i, add) finds them together, and calls add(r, vector) for each
 //          largest(n, f)             the largest number of f(i)
 //          load / store              one vector, converted to the accumulator type
 //          load_in_order             load() from memory that is read from end to end
@@ -109,14 +110,23 @@ struct Positions {
 };
 
 template <class A, int N>
+struct Halves {
+  Vector<A, N / 2> low, high;
+};
+
+// The whole vector is copied: one whose parts are read by address stays in memory all its life, accumulators too.
+template <class A, int N>
+HF_INLINE Halves<A, N> halves(Vector<A, N> v) {
+  return same_bits<Halves<A, N>>(v);
+}
+
+template <class A, int N>
 HF_INLINE A add_up(Vector<A, N> v) {
   if constexpr (N == 1) {
     return v;
   } else {
-    Vector<A, N / 2> low, high;
-    std::memcpy(&low, &v, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return add_up<A, N / 2>(low + high);
+    const auto half = halves<A, N>(v);
+    return add_up<A, N / 2>(half.low + half.high);
   }
 }
 
@@ -125,10 +135,8 @@ HF_INLINE A largest_of(Vector<A, N> v) {
   if constexpr (N == 1) {
     return v;
   } else {
-    Vector<A, N / 2> low, high;
-    std::memcpy(&low, &v, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return largest_of<A, N / 2>(low > high ? low : high);
+    const auto half = halves<A, N>(v);
+    return largest_of<A, N / 2>(half.low > half.high ? half.low : half.high);
   }
 }
 
@@ -249,6 +257,16 @@ struct Lanes {
       for (int r = 0; r < R; ++r) totals[r] += f(r, Positions<1>{i});
   }
 
+  template <int R, class F>
+  HF_INLINE void accumulate(int64_t n, A (&totals)[R], F f) const {
+    Vector<A, kWidth> vectors[R] = {};
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth)
+      f(Positions<kWidth>{i}, [&](int r, const Vector<A, kWidth>& v) { vectors[r] += v; });
+    for (int r = 0; r < R; ++r) totals[r] = add_up<A, kWidth>(vectors[r]);
+    for (; i < n; ++i) f(Positions<1>{i}, [&](int r, A v) { totals[r] += v; });
+  }
+
   template <class F>
   HF_INLINE A sum(int64_t n, F f) const {
     A total[1];
@@ -341,6 +359,7 @@ struct Block {
   using Acc = A;
   // One after the other is the order of memory.
   static constexpr int kRowsAtOnce = 1, kChannelsAtOnce = 1;
+  static constexpr int64_t kKeptPositions = 1024;  // of a row, whose exponentials stay in the first cache
 
   template <class F>
   HF_INLINE void for_each(int64_t n, F f) const {

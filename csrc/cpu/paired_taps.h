@@ -11,7 +11,7 @@ void run_paired(const typename Loss::Params& p, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Block<A> block;
-    Scratch<A> scratch(paired_scratch(block.lane_groups()));
+    Scratch<A> scratch(paired_scratch<Block<A>>(block.lane_groups()));
 #pragma omp for schedule(dynamic, 8)
     for (int64_t item = 0; item < p.items; ++item) Loss::template item<T>(block, p, item, scratch.data());
     if (p.stream) finish_streams();

@@ -107,6 +107,24 @@ struct Lanes {
     }
   }
 
+  template <int R, class F>
+  __device__ void accumulate(int64_t n, A (&totals)[R], F f) const {
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) totals[r] = 0;
+    for_each(n, [&](auto i) {
+      f(i, [&](int r, const auto& part) {
+        HF_UNROLL
+        for (int k = 0; k < i.width; ++k) totals[r] += part.value[k];
+      });
+    });
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) {
+      HF_UNROLL
+      for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        totals[r] += __shfl_xor_sync(mask(), totals[r], offset, kLanes);
+    }
+  }
+
   template <class F>
   __device__ A sum(int64_t n, F f) const {
     A total[1];
@@ -234,6 +252,7 @@ template <class A, int kLanes>
 struct Block {
   using Acc = A;
   static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8;
+  static constexpr int64_t kKeptPositions = 0;  // an exponential costs less than the memory to keep it in
 
   template <class F>
   __device__ void for_each(int64_t n, F f) const {

@@ -9,8 +9,9 @@ namespace hyperfast {
 template <class Loss, class T>
 __global__ void __launch_bounds__(kThreads)
     paired_kernel(const __grid_constant__ typename Loss::Params p, unsigned* ticket) {
-  __shared__ float scratch[paired_scratch(kThreads / Loss::kLanes)];
-  Block<float, Loss::kLanes> block;
+  using Lanes = Block<float, Loss::kLanes>;
+  __shared__ float scratch[paired_scratch<Lanes>(kThreads / Loss::kLanes)];
+  Lanes block;
   Loss::template item<T>(block, p, blockIdx.x, scratch);
   if (p.losses && is_last_block(ticket)) Loss::finish(block, p);
 }

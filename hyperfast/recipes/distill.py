@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,13 @@ class Method:
     beta: float
 
 
-METHODS: Mapping[str, Method] = {"at": Method(losses.AttentionTransfer, 1000.0)}
+METHODS: Mapping[str, Method] = {
+    "at": Method(losses.AttentionTransfer, 1000.0),
+    "ab": Method(losses.ActivationBoundary, 10.0),
+    "cwd": Method(losses.ChannelWiseDistillation, 3.0),
+    "fitnets": Method(partial(losses.FitNets, normalize="teacher"), 1.0),
+    "ft": Method(losses.FactorTransfer, 200.0),
+}
 
 
 @dataclass(frozen=True)

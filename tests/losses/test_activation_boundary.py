@@ -38,7 +38,9 @@ def test_packed_teachers_and_the_mismatch():
     loss = ActivationBoundary()
     assert loss.mismatch is None
     expected = loss(golden("s"), golden("t"))
-    mismatch = torch.stack([((s > 0) != (t > 0)).double().mean() for s, t in zip(golden("s"), golden("t"), strict=True)])
+    mismatch = torch.stack(
+        [((s > 0) != (t > 0)).double().mean() for s, t in zip(golden("s"), golden("t"), strict=True)]
+    )
     torch.testing.assert_close(loss.mismatch, mismatch)
     torch.testing.assert_close(loss(golden("s"), functional.pack_signs(golden("t"))), expected)
 

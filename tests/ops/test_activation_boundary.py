@@ -153,7 +153,10 @@ def test_opcheck_of_a_packed_teacher(backend):
     [
         (lambda s, p, t: (s, [p[0], t[1]]), "teacher map 1 is not packed and others are; pack all or none"),
         (lambda s, p, t: (s, p[:1]), "2 student maps but 1 teacher maps"),
-        (lambda s, p, t: (s, [p[0][:, 1:], p[1]]), r"tap 0: packed teacher \[3, 26\]; expected \[3, 27\] for a student"),
+        (
+            lambda s, p, t: (s, [p[0][:, 1:], p[1]]),
+            r"tap 0: packed teacher \[3, 26\]; expected \[3, 27\] for a student",
+        ),
         (lambda s, p, t: (s, [p[0][:1], p[1]]), "tap 0: student batch 3, teacher batch 1"),
         (lambda s, p, t: ([s[0].long(), s[1]], p), "student map 0 is torch.int64"),
     ],

@@ -82,7 +82,9 @@ def test_a_student_that_is_not_a_number_shows(backend):
 
 
 def test_maps_without_positions():
-    with pytest.raises(ValueError, match=r"student map 0 is torch.float32 \[2, 3\]; expected floats \[B, C, \*spatial\]"):
+    with pytest.raises(
+        ValueError, match=r"student map 0 is torch.float32 \[2, 3\]; expected floats \[B, C, \*spatial\]"
+    ):
         functional.channel_wise_distillation([torch.randn(2, 3)], [torch.randn(2, 3)])
 
 
