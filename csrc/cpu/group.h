@@ -153,10 +153,12 @@ HF_INLINE Vector<A, N> load_as(const T* p) {
     std::memcpy(&half, p, sizeof(half));
     const Vector<uint32_t, N> bits = __builtin_convertvector(half, Vector<uint32_t, N>) << 16;
     std::memcpy(&v, &bits, sizeof(v));
-#if defined(__AVX512F__)
-  } else if constexpr (std::is_same_v<T, Float16> && N == 16) {
-    const __m512 full = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    std::memcpy(&v, &full, sizeof(v));
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<T, Float16> && N % 8 == 0) {
+    for (int k = 0; k < N; k += 8) {
+      const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k)));
+      std::memcpy(reinterpret_cast<char*>(&v) + 4 * k, &part, 32);
+    }
 #endif
   } else {
     A values[N];
@@ -172,6 +174,21 @@ HF_INLINE void store_as(T* p, Vector<A, N> v) {
     *reinterpret_cast<Vector<A, N>*>(p) = v;
   } else if constexpr (N == 1) {
     *p = T(v);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    // As BFloat16 rounds.
+    Vector<uint32_t, N> bits;
+    std::memcpy(&bits, &v, sizeof(bits));
+    const Vector<uint32_t, N> high = bits >> 16, rounded = (bits + 0x7fff + (high & 1)) >> 16;
+    const Vector<uint16_t, N> half = __builtin_convertvector(v != v ? high | 0x40 : rounded, Vector<uint16_t, N>);
+    std::memcpy(p, &half, sizeof(half));
+#if defined(__F16C__)
+  } else if constexpr (std::is_same_v<T, Float16> && N % 8 == 0) {
+    for (int k = 0; k < N; k += 8) {
+      __m256 part;
+      std::memcpy(&part, reinterpret_cast<const char*>(&v) + 4 * k, 32);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + k), _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
   } else {
     for (int k = 0; k < N; ++k) p[k] = T(v[k]);
   }

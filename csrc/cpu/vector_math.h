@@ -41,6 +41,7 @@ struct MathConstants;
 template <>
 struct MathConstants<float> {
   using Bits = int32_t;
+  using Word = uint32_t;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr Bits kHalfRoot = 0x3f3504f3;                                  // sqrt(1/2)
   static constexpr float kShift = 0x1.8p23f, kLowest = -104.f, kHighest = 89.f;  // of exp: 0 below, infinity above
@@ -52,6 +53,7 @@ struct MathConstants<float> {
 template <>
 struct MathConstants<double> {
   using Bits = int64_t;
+  using Word = uint64_t;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr Bits kHalfRoot = 0x3fe6a09e667f3bcd;
   static constexpr double kShift = 0x1.8p52, kLowest = -746, kHighest = 710;
@@ -100,8 +102,10 @@ HF_INLINE Vector<A, N> scaled(Vector<A, N> x, Vector<A, N> n, Vector<A, N> shift
 #endif
   using C = MathConstants<A>;
   using Bits = Vector<typename C::Bits, N>;
+  using Words = Vector<typename C::Word, N>;
   const A shift = C::kShift;
-  const Bits exponent = same_bits<Bits>(shifted) - same_bits<typename C::Bits>(shift), half = exponent >> 1;
+  const Words exponent = same_bits<Words>(shifted) - same_bits<typename C::Word>(shift);
+  const Words half = same_bits<Words>(same_bits<Bits>(exponent) >> 1);
   return x * same_bits<Vector<A, N>>((half + C::kBias) << C::kMantissa) *
          same_bits<Vector<A, N>>((exponent - half + C::kBias) << C::kMantissa);
 }
@@ -124,11 +128,12 @@ HF_INLINE Vector<A, N> log_of(Vector<A, N> x) {
   using C = MathConstants<A>;
   using V = Vector<A, N>;
   using Bits = Vector<typename C::Bits, N>;
+  using Words = Vector<typename C::Word, N>;
   const A shift = C::kShift, infinity = std::numeric_limits<A>::infinity();
   // x = 2^n (1 + f), 1 + f between sqrt(1/2) and sqrt(2); log(1 + f) = 2 atanh(f / (2 + f)).
-  const Bits bits = same_bits<Bits>(x), exponent = (bits - C::kHalfRoot) >> C::kMantissa;
-  const V f = same_bits<V>(bits - (exponent << C::kMantissa)) - A(1);
-  const V n = same_bits<V>(exponent + same_bits<typename C::Bits>(shift)) - shift;
+  const Words exponent = same_bits<Words>((same_bits<Bits>(x) - C::kHalfRoot) >> C::kMantissa);
+  const V f = same_bits<V>(same_bits<Words>(x) - (exponent << C::kMantissa)) - A(1);
+  const V n = same_bits<V>(exponent + same_bits<typename C::Word>(shift)) - shift;
   const V s = f / (f + A(2)), w = s * s, half = f * f * A(0.5);
   const V tail = s * (half + w * polynomial(C::kLog, w)) + n * C::kLn2Low;
   const V y = n * C::kLn2High - ((half - tail) - f);
