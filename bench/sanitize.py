@@ -13,6 +13,8 @@ from verify import largest_error
 
 from hyperfast import BackendUnavailable
 
+_PAIRED = ("activation_boundary", "channel_wise_distillation", "fitnets", "unit_distance")
+
 
 def main() -> int:
     """Run all small cases; exit status 1 where a result is wrong."""
@@ -21,7 +23,7 @@ def main() -> int:
         return 1
     device, wrong = torch.device("cuda"), 0
     names = ("generate", "attention_transfer", "ranger_update", "similarity_preserving", "relational_distance_angle")
-    for name in (*names, "flow_of_solution"):
+    for name in (*names, "flow_of_solution", *_PAIRED):
         op = operation(name)
         for case in (case for case in op.cases if case.small):
             inputs = op.inputs(case.options, device, 0)

@@ -3,11 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "common/generate.h"
 #include "common/ranger_update.h"
 #include "gram_bindings.h"
@@ -18,14 +17,6 @@ namespace py = pybind11;
 using namespace hyperfast;
 
 namespace {
-
-using Address = uintptr_t;
-
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-[[maybe_unused]] void check(const char* error) {
-  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
-}
 
 // Memory that a tensor holds on to; it goes back to the pool when the tensor's storage is freed.
 class HostBuffer {
@@ -233,6 +224,7 @@ PYBIND11_MODULE(_C, m) {
              p.stream = stream;
            },
            py::arg("grad"), py::arg("d_student"), py::arg("stream"));
+  bind_paired_taps(m);
 
   py::class_<RankOneParams>(m, "RankOneParams")
       .def(py::init([](int dtype, int rule, double weight_decay, double step_size, double shrink, double keep_first,

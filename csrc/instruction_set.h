@@ -3,17 +3,21 @@
 #include <cstdlib>
 #include <string>
 
+#include "hyperfast/activation_boundary.h"
 #include "hyperfast/attention_transfer.h"
+#include "hyperfast/channel_wise_distillation.h"
 #include "hyperfast/cross_entropy_distillation.h"
+#include "hyperfast/fitnets.h"
 #include "hyperfast/flow_of_solution.h"
 #include "hyperfast/generate.h"
 #include "hyperfast/gram.h"
 #include "hyperfast/greedy_chain.h"
 #include "hyperfast/predict.h"
-#include "hyperfast/rank_one_update.h"
 #include "hyperfast/ranger_update.h"
+#include "hyperfast/rank_one_update.h"
 #include "hyperfast/relational_distance_angle.h"
 #include "hyperfast/similarity_preserving.h"
+#include "hyperfast/unit_distance.h"
 
 namespace hyperfast {
 
@@ -33,41 +37,53 @@ struct CpuKernels {
   void (*similarity_preserving)(const SimilarityParams&, int threads);
   void (*relational_distance_angle)(const RelationalParams&, int threads);
   void (*flow_of_solution)(const FlowParams&, int threads);
+  void (*activation_boundary)(const ActivationBoundaryParams&, int threads);
+  void (*channel_wise_distillation)(const ChannelWiseDistillationParams&, int threads);
+  void (*fitnets)(const FitNetsParams&, int threads);
+  void (*unit_distance)(const UnitDistanceParams&, int threads);
 };
 
-#define HYPERFAST_DECLARE(isa)                                   \
-  namespace isa {                                                \
-  void generate_forward(const GenerateParams&, int);             \
-  void generate_backward(const GenerateParams&, int);            \
-  void attention_transfer_forward(const AttentionParams&, int);  \
-  void attention_transfer_backward(const AttentionParams&, int); \
-  bool cross_entropy_distillation_forward(const LogitParams&, int); \
-  void cross_entropy_distillation_backward(const LogitParams&, int); \
-  void greedy_chain(const GreedyChainParams&, int);              \
-  bool predict(const PredictParams&, int);                       \
-  void rank_one_update(const RankOneParams&, int);               \
-  void ranger_update(const RangerParams&, int);                  \
-  void gram_backward(const GramGradientParams&, int);            \
-  void similarity_preserving(const SimilarityParams&, int);      \
-  void relational_distance_angle(const RelationalParams&, int);  \
-  void flow_of_solution(const FlowParams&, int);                 \
-  inline CpuKernels kernels() {                                  \
-    return {#isa,                                                \
-            generate_forward,                                    \
-            generate_backward,                                   \
-            attention_transfer_forward,                          \
-            attention_transfer_backward,                         \
-            cross_entropy_distillation_forward,                  \
-            cross_entropy_distillation_backward,                 \
-            greedy_chain,                                        \
-            predict,                                             \
-            rank_one_update,                                     \
-            ranger_update,                                       \
-            gram_backward,                                       \
-            similarity_preserving,                               \
-            relational_distance_angle,                           \
-            flow_of_solution};                                   \
-  }                                                              \
+#define HYPERFAST_DECLARE(isa)                                               \
+  namespace isa {                                                            \
+  void generate_forward(const GenerateParams&, int);                         \
+  void generate_backward(const GenerateParams&, int);                        \
+  void attention_transfer_forward(const AttentionParams&, int);              \
+  void attention_transfer_backward(const AttentionParams&, int);             \
+  bool cross_entropy_distillation_forward(const LogitParams&, int);          \
+  void cross_entropy_distillation_backward(const LogitParams&, int);         \
+  void greedy_chain(const GreedyChainParams&, int);                          \
+  bool predict(const PredictParams&, int);                                   \
+  void rank_one_update(const RankOneParams&, int);                           \
+  void ranger_update(const RangerParams&, int);                              \
+  void gram_backward(const GramGradientParams&, int);                        \
+  void similarity_preserving(const SimilarityParams&, int);                  \
+  void relational_distance_angle(const RelationalParams&, int);              \
+  void flow_of_solution(const FlowParams&, int);                             \
+  void activation_boundary(const ActivationBoundaryParams&, int);            \
+  void channel_wise_distillation(const ChannelWiseDistillationParams&, int); \
+  void fitnets(const FitNetsParams&, int);                                   \
+  void unit_distance(const UnitDistanceParams&, int);                        \
+  inline CpuKernels kernels() {                                              \
+    return {#isa,                                                            \
+            generate_forward,                                                \
+            generate_backward,                                               \
+            attention_transfer_forward,                                      \
+            attention_transfer_backward,                                     \
+            cross_entropy_distillation_forward,                              \
+            cross_entropy_distillation_backward,                             \
+            greedy_chain,                                                    \
+            predict,                                                         \
+            rank_one_update,                                                 \
+            ranger_update,                                                   \
+            gram_backward,                                                   \
+            similarity_preserving,                                           \
+            relational_distance_angle,                                       \
+            flow_of_solution,                                                \
+            activation_boundary,                                             \
+            channel_wise_distillation,                                       \
+            fitnets,                                                         \
+            unit_distance};                                                  \
+  }                                                                          \
   }
 
 HYPERFAST_DECLARE(baseline)

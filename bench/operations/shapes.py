@@ -42,3 +42,13 @@ def vgg11_bn(classes: int = 100) -> Shapes:
         shapes[f"classifier.{index}.weight"] = (width, inputs)
         shapes[f"classifier.{index}.bias"] = (width,)
     return shapes
+
+
+def shufflenet_v2_x0_5_activations(batch: int) -> list[tuple[int, ...]]:
+    """What the 37 activations of ShuffleNetV2 x0.5 take in, for images of 32x32: 194,560 elements per image."""
+    shapes: list[tuple[int, ...]] = [(batch, 24, 32, 32)]
+    for width, blocks, size in ((24, 4, 16), (48, 8, 8), (96, 4, 4)):
+        half = (batch, width, size, size)
+        # A block that halves the size has two branches; the longer one begins at the larger size.
+        shapes += [half, (batch, width, 2 * size, 2 * size), half, *[half] * (2 * (blocks - 1))]
+    return [*shapes, (batch, 1024, 4, 4)]

@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 
+#include "common/paired_taps.h"
 #include "common/portable.h"
 #include "hyperfast/attention_transfer.h"
 
@@ -68,12 +69,6 @@ HF_BODY void channel_energy(Block& block, const T* map, int64_t channels, int64_
     });
     block.sync();
   }
-}
-
-HF_INLINE int tap_of(const AttentionParams& p, int64_t item) {
-  int tap = 0;
-  while (tap + 1 < p.taps && p.tap[tap + 1].first_item <= item) ++tap;
-  return tap;
 }
 
 // Accumulators of scratch per block: the energies of both maps.

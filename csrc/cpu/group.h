@@ -13,20 +13,26 @@
 //          for_each_padded(n, f)     for_each() of whole vectors: beyond n, load() is -infinity, store() does nothing
 //          add_padded(n, totals, f)  totals[r] of what f(i, total) adds to total[r]
 //          maximum_padded(n, a, f)   the largest of a and f(i)
+//          accumulate(n, totals, f)  the same where f(i, add) finds them together, and calls add(r, vector) for each
+//          largest(n, f)             the largest number of f(i)
 //          load / store              one vector, converted to the accumulator type
 //          load_in_order             load() from memory that is read from end to end
 //          prefetch                  asks for a vector that will be read later
 //          stream                    store() of what will not be read soon
-//          abs / sign / sqrt / exp   of one vector
-//          log                       of one vector of positive normal numbers
 //          weighted(w, x)            w x, and 0 where w is 0, whatever x is
 //          add_at(v, i, k, a)        v with a added to the element at position k, if it is one of i
+//          load_bits                 one bit per position, as 0 or 1; a vector begins at a multiple of its width
+//          abs / sign / sqrt / exp   of one vector
+//          log                       of one vector of positive normal numbers
+//          relu / step               the positive part, and 1 where there is one, else 0
+//          max                       of two vectors, element by element
 //          once(f)                   f() by one of the lanes
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 
@@ -117,14 +123,33 @@ struct LastPositions {
 };
 
 template <class A, int N>
+struct Halves {
+  Vector<A, N / 2> low, high;
+};
+
+// The whole vector is copied: one whose parts are read by address stays in memory all its life, accumulators too.
+template <class A, int N>
+HF_INLINE Halves<A, N> halves(Vector<A, N> v) {
+  return same_bits<Halves<A, N>>(v);
+}
+
+template <class A, int N>
 HF_INLINE A add_up(Vector<A, N> v) {
   if constexpr (N == 1) {
     return v;
   } else {
-    Vector<A, N / 2> low, high;
-    std::memcpy(&low, &v, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return add_up<A, N / 2>(low + high);
+    const auto half = halves<A, N>(v);
+    return add_up<A, N / 2>(half.low + half.high);
+  }
+}
+
+template <class A, int N>
+HF_INLINE A largest_of(Vector<A, N> v) {
+  if constexpr (N == 1) {
+    return v;
+  } else {
+    const auto half = halves<A, N>(v);
+    return largest_of<A, N / 2>(half.low > half.high ? half.low : half.high);
   }
 }
 
@@ -262,6 +287,16 @@ struct Lanes {
       for (int r = 0; r < R; ++r) totals[r] += f(r, Positions<1>{i});
   }
 
+  template <int R, class F>
+  HF_INLINE void accumulate(int64_t n, A (&totals)[R], F f) const {
+    Vector<A, kWidth> vectors[R] = {};
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth)
+      f(Positions<kWidth>{i}, [&](int r, const Vector<A, kWidth>& v) { vectors[r] += v; });
+    for (int r = 0; r < R; ++r) totals[r] = add_up<A, kWidth>(vectors[r]);
+    for (; i < n; ++i) f(Positions<1>{i}, [&](int r, A v) { totals[r] += v; });
+  }
+
   template <class F>
   HF_INLINE A sum(int64_t n, F f) const {
     A total[1];
@@ -292,6 +327,19 @@ struct Lanes {
     });
     for (int k = 0; k < kWidth; ++k) most = vector[k] > most ? vector[k] : most;
     return most;
+  }
+
+  template <class F>
+  HF_INLINE A largest(int64_t n, F f) const {
+    A top = -std::numeric_limits<A>::infinity();
+    int64_t i = 0;
+    if (n >= kWidth) {
+      auto vector = f(Positions<kWidth>{0});
+      for (i = kWidth; i + kWidth <= n; i += kWidth) vector = max(vector, f(Positions<kWidth>{i}));
+      top = largest_of<A, kWidth>(vector);
+    }
+    for (; i < n; ++i) top = max(top, f(Positions<1>{i}));
+    return top;
   }
 
   template <class F>
@@ -336,6 +384,27 @@ struct Lanes {
     const V one = V{} + A(1), none = V{};
     return x > A(0) ? one : (x < A(0) ? -one : none);
   }
+  template <class V>
+  HF_INLINE V max(V x, V y) const { return x > y ? x : y; }
+  template <class V>
+  HF_INLINE V relu(V x) const { return x < A(0) ? V{} : x; }  // a NaN stays one
+  template <class V>
+  HF_INLINE V step(V x) const { return x > A(0) ? V{} + A(1) : V{}; }
+  template <int N>
+  HF_INLINE Vector<A, N> load_bits(const uint8_t* p, Positions<N> i) const {
+    p += i.at / 8;
+    if constexpr (N == 1) {
+      return A(*p >> i.at % 8 & 1);
+    } else {
+      using Word = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+      uint16_t bits = *p;
+      if constexpr (N > 8) std::memcpy(&bits, p, 2);
+      Vector<Word, N> selected;
+      for (int k = 0; k < N; ++k) selected[k] = Word(1) << k;
+      selected &= Word(bits >> i.at % 8);
+      return selected != 0 ? Vector<A, N>{} + A(1) : Vector<A, N>{};
+    }
+  }
   template <int N>
   HF_INLINE Vector<A, N> zero(Positions<N>) const { return Vector<A, N>{}; }
 
@@ -372,6 +441,7 @@ struct Block {
   using Acc = A;
   // One after the other is the order of memory.
   static constexpr int kRowsAtOnce = 1, kChannelsAtOnce = 1;
+  static constexpr int64_t kKeptPositions = 1024;  // of a row, whose exponentials stay in the first cache
 
   template <class F>
   HF_INLINE void for_each(int64_t n, F f) const {

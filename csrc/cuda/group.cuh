@@ -122,6 +122,24 @@ struct Lanes {
     for (int r = 0; r < R; ++r) totals[r] = reduce(totals[r], [](A a, A b) { return a + b; });
   }
 
+  template <int R, class F>
+  __device__ void accumulate(int64_t n, A (&totals)[R], F f) const {
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) totals[r] = 0;
+    for_each(n, [&](auto i) {
+      f(i, [&](int r, const auto& part) {
+        HF_UNROLL
+        for (int k = 0; k < i.width; ++k) totals[r] += part.value[k];
+      });
+    });
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) {
+      HF_UNROLL
+      for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        totals[r] += __shfl_xor_sync(mask(), totals[r], offset, kLanes);
+    }
+  }
+
   template <class F>
   __device__ A sum(int64_t n, F f) const {
     A total[1];
@@ -160,6 +178,22 @@ struct Lanes {
       for (int k = 0; k < i.width; ++k) most = x.value[k] > most ? x.value[k] : most;
     });
     return reduce(most, [](A a, A b) { return a > b ? a : b; });
+  }
+
+  template <class F>
+  __device__ A largest(int64_t n, F f) const {
+    A top = -INFINITY;
+    for_each(n, [&](auto i) {
+      const auto part = f(i);
+      HF_UNROLL
+      for (int k = 0; k < i.width; ++k) top = part.value[k] > top ? part.value[k] : top;
+    });
+    HF_UNROLL
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      const A other = __shfl_xor_sync(mask(), top, offset, kLanes);
+      top = other > top ? other : top;
+    }
+    return top;
   }
 
   template <class F>
@@ -245,12 +279,40 @@ struct Lanes {
     for (int k = 0; k < N; ++k) v.value[k] += i.at + k == position ? amount : A(0);
     return v;
   }
+  template <int N>
+  __device__ Vector<A, N> max(Vector<A, N> x, const Vector<A, N>& y) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = x.value[k] > y.value[k] ? x.value[k] : y.value[k];
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> relu(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = x.value[k] < 0 ? A(0) : x.value[k];  // a NaN stays one
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> step(Vector<A, N> x) const {
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) x.value[k] = A(x.value[k] > 0);
+    return x;
+  }
+  template <int N>
+  __device__ Vector<A, N> load_bits(const uint8_t* p, Positions<N> i) const {
+    static_assert(N <= 8);
+    const unsigned bits = p[i.at / 8] >> i.at % 8;
+    Vector<A, N> v;
+    HF_UNROLL
+    for (int k = 0; k < N; ++k) v.value[k] = A(bits >> k & 1);
+    return v;
+  }
 };
 
 template <class A, int kLanes>
 struct Block {
   using Acc = A;
   static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8;
+  static constexpr int64_t kKeptPositions = 0;  // an exponential costs less than the memory to keep it in
 
   template <class F>
   __device__ void for_each(int64_t n, F f) const {

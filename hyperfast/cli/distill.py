@@ -41,8 +41,10 @@ class Distill:
         model: of the student; see "hyperfast train --help".
         teacher: trained weights: a safetensors file, a state dict of torch.save, or the folder that "hyperfast train"
             wrote. Where the file names mean and std of its images, they are used for student and teacher.
-        loss: at (attention transfer at the stages, weight 1000) or kd (softened logits, weight 1), with another weight
-            as at=200 or kd=0.9; may be given several times. Default: at.
+        loss: at (attention transfer, weight 1000), ab (activation boundary, weight 10; for --at activations), cwd
+            (channel-wise distillation, weight 3), fitnets (squared difference over the teacher's variance, weight 1),
+            ft (factor transfer's distance between the maps themselves, weight 200) or kd (softened logits, weight 1),
+            with another weight as at=200 or kd=0.9; may be given several times. Default: at.
         teacher_model: of the teacher. Default: that of --model, or what the run's own notes say.
         teacher_option: option of the teacher, such as shortcut=B or width=32; may be given several times. By default
             shortcut, width and channels of ResNets and VGGs are seen from the weights.

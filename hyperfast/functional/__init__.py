@@ -4,8 +4,11 @@ Layers (`hyperfast.nn`) and losses (`hyperfast.losses`) are thin holders of para
 Checks look at shapes, dtypes and devices only; none of them waits for the device.
 """
 
+from hyperfast.functional.activation_boundary import activation_boundary, pack_signs
 from hyperfast.functional.attention_transfer import attention_transfer
+from hyperfast.functional.channel_wise_distillation import channel_wise_distillation
 from hyperfast.functional.cross_entropy_distillation import cross_entropy_distillation
+from hyperfast.functional.fitnets import fitnets
 from hyperfast.functional.flow_of_solution import flow_of_solution, flow_statistics
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
@@ -15,18 +18,23 @@ from hyperfast.functional.ranger_update import ranger_update
 from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one
 from hyperfast.functional.relational_distance_angle import relational_distance_angle, relational_statistics
 from hyperfast.functional.similarity_preserving import similarity_preserving, similarity_statistics
+from hyperfast.functional.unit_distance import unit_distance
 
 __all__ = [
+    "activation_boundary",
     "adam_rank_one",
     "attention_transfer",
+    "channel_wise_distillation",
     "cross_entropy_distillation",
     "dequantize",
     "fake_quantize",
+    "fitnets",
     "flow_of_solution",
     "flow_statistics",
     "fourier_features",
     "generate",
     "greedy_chain",
+    "pack_signs",
     "positional_embedding",
     "predict",
     "quantize",
@@ -37,4 +45,5 @@ __all__ = [
     "similarity_preserving",
     "similarity_statistics",
     "squared_error",
+    "unit_distance",
 ]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
-from hyperfast.functional._checks import check_choice, check_same_device
-from hyperfast.functional._maps import gradient_can_be_ahead, pooled
+from hyperfast.functional._checks import check_choice
+from hyperfast.functional._maps import pooled
+from hyperfast.functional._taps import check_batches, check_counts, check_map, expectation, widened
 from hyperfast.ops import attention_transfer as _op
-from hyperfast.ops._library import accumulator
 from hyperfast.reference.attention_transfer import MODES
 
 
@@ -62,24 +61,15 @@ def attention_transfer(
     p = int(p)  # a compiler may see an unknown number
     if p not in (1, 2, 3):
         raise ValueError(f"p is {p!r}; choose 1, 2 or 3")
-    if len(student) != len(teacher):
-        raise ValueError(f"{len(student)} student maps but {len(teacher)} teacher maps; they are compared in pairs")
-    if not student:
-        raise ValueError("no feature maps were given; tap at least one")
+    check_counts(student, teacher)
     pairs = [_matched_maps(index, s, t) for index, (s, t) in enumerate(zip(student, teacher, strict=True))]
     if eps is None:
         eps = 1e-6 if mode == "zoo" else 1e-12
     students, teachers = [s for s, _ in pairs], [t for _, t in pairs]
     if current_backend() is Backend.REFERENCE:
-        dtype = torch.float64 if any(s.dtype == torch.float64 for s in students) else torch.float32
-        wide = ([s.to(dtype) for s in students], [t.to(dtype) for t in teachers])
+        wide = widened(students, students), widened(teachers, students)
         return reference.attention_transfer(*wide, p, mode, eps)
-    if expected_grad is not None and expected_grad.shape != (len(student),):
-        raise ValueError(f"expected_grad is {list(expected_grad.shape)}; expected [{len(student)}], one per tap")
-    if expected_grad is not None:
-        # A copy: whoever changes the weights before the backward pass shall get what they were.
-        ahead = gradient_can_be_ahead(students)
-        expected_grad = expected_grad.detach().to("cpu", accumulator(students), copy=True) if ahead else None
+    expected_grad = expectation(expected_grad, students)
     losses: Tensor = _op.attention_transfer(students, teachers, p, mode, eps, expected_grad)[0]
     return losses
 
@@ -88,16 +78,8 @@ def _matched_maps(index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor,
     """One pair of maps with equal spatial sizes; the larger is average-pooled, as RepDistiller does."""
     teacher = teacher.detach()
     for name, features in (("student", student), ("teacher", teacher)):
-        if features.ndim < 3 or not features.is_floating_point():
-            raise ValueError(
-                f"{name} map {index} is {features.dtype} {list(features.shape)}; expected floats [B, C, *spatial]"
-            )
-    check_same_device(**{f"student map {index}": student, f"teacher map {index}": teacher})
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"tap {index}: student batch {student.shape[0]}, teacher batch {teacher.shape[0]}; "
-            "run both networks on the same images"
-        )
+        check_map(f"{name} map {index}", features, 3, "[B, C, *spatial]")
+    check_batches(index, student, teacher)
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     if student.ndim != teacher.ndim or student.ndim > 5:

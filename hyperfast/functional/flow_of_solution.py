@@ -12,8 +12,9 @@ from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._checks import check_choice
 from hyperfast.functional._maps import POOLS, check_maps, choose_teacher, gradient_can_be_ahead, pooled
 from hyperfast.ops import flow_of_solution as _op
-from hyperfast.ops._library import accumulator, without_autocast
+from hyperfast.ops._library import without_autocast
 from hyperfast.reference.flow_of_solution import REDUCTIONS
+from hyperfast.reference.reduction import accumulator
 
 Pairs = Sequence[tuple[int, int]]
 _SHAPE = "[B, C, *spatial] with one to three spatial axes"

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from hyperfast import functional
 from hyperfast.losses.base import FeatureLoss, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_MODES = ("l2_batched", "l2", "sp")
 _EPS = 1e-3
 
 
@@ -61,8 +63,8 @@ class FeatureMapDistillation(FeatureLoss):
         count_duplicates: bool = False,
     ) -> None:
         super().__init__(weights, beta)
-        if mode not in _LOSSES:
-            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(map(repr, _LOSSES))}")
+        if mode not in _MODES:
+            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(map(repr, _MODES))}")
         self.mode, self.count_duplicates = mode, count_duplicates
 
     def per_tap(
@@ -74,20 +76,45 @@ class FeatureMapDistillation(FeatureLoss):
             ValueError: student and teacher maps of different shapes, where the mode needs equal ones.
         """
         pairs = list(zip(student, teacher, strict=True))
-        losses: list[Tensor] = []
+        first = [
+            index
+            for index, (s, t) in enumerate(pairs)
+            if self.count_duplicates or not any(_same(s, a) and _same(t, b) for a, b in pairs[:index])
+        ]
+        self._check_shapes(pairs)
+        if self.mode == "l2_batched":
+            losses = self._batched(pairs, first, expected_grad)
+        else:
+            losses = [self._plain(*pairs[index]) for index in first]
+        if len(first) == len(pairs):
+            return losses if isinstance(losses, torch.Tensor) else torch.stack(losses)
+        found = dict(zip(first, losses, strict=True))
+        none = torch.zeros_like(found[0])
+        return torch.stack([found.get(index, none) for index in range(len(pairs))])
+
+    def _check_shapes(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for index, (s, t) in enumerate(pairs):
             if self.mode != "sp" and s.shape != t.shape:
                 raise ValueError(
                     f"tap {index}: student map {list(s.shape)}, teacher map {list(t.shape)}; mode {self.mode!r} needs "
                     "equal shapes, mode='sp' does not"
                 )
-            dtype = torch.promote_types(torch.float32, s.dtype)
-            if not self.count_duplicates and any(_same(s, a) and _same(t, b) for a, b in pairs[:index]):
-                losses.append(torch.zeros((), dtype=dtype, device=s.device))
-                continue
-            with torch.autocast(s.device.type, enabled=False):
-                losses.append(_LOSSES[self.mode](s.to(dtype).flatten(1), t.to(dtype).flatten(1)))
-        return torch.stack(losses)
+
+    def _batched(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], first: Sequence[int], expected_grad: Tensor | None
+    ) -> Tensor:
+        """Losses of the taps `first`, in one launch."""
+        if expected_grad is not None and len(first) < len(pairs):
+            expected_grad = torch.stack([expected_grad[index] for index in first])
+        students, teachers = [pairs[index][0] for index in first], [pairs[index][1] for index in first]
+        return functional.unit_distance(
+            students, teachers, p=2, eps=_EPS, added=True, reduction="batch", expected_grad=expected_grad
+        )
+
+    def _plain(self, student: Tensor, teacher: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.float32, student.dtype)
+        with torch.autocast(student.device.type, enabled=False):
+            return _LOSSES[self.mode](student.to(dtype).flatten(1), teacher.to(dtype).flatten(1))
 
     def default_weights(self, count: int) -> list[float]:
         """The sum over the taps."""
@@ -100,10 +127,6 @@ class FeatureMapDistillation(FeatureLoss):
 def _same(a: Tensor, b: Tensor) -> bool:
     # A compiler knows no memory, only tensors.
     return a is b if torch.compiler.is_compiling() else a.is_set_to(b)
-
-
-def _l2_batched(student: Tensor, teacher: Tensor) -> Tensor:
-    return (_rows_to_unit(student) - _rows_to_unit(teacher)).square().sum() / max(len(student), 1)
 
 
 def _l2(student: Tensor, teacher: Tensor) -> Tensor:
@@ -123,4 +146,4 @@ def _rows_to_unit(matrix: Tensor) -> Tensor:
     return unit
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2_batched": _l2_batched, "l2": _l2, "sp": _sp}
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": _l2, "sp": _sp}

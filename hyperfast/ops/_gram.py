@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
-from hyperfast.ops import _native, _triton
-from hyperfast.ops._library import accumulator, register
+from hyperfast.ops import _native, _taps, _triton
+from hyperfast.ops._library import register
+from hyperfast.reference.reduction import accumulator
 
 
 def cpu_supports(student: Sequence[Tensor], teacher: Sequence[Tensor] = (), *_: Any) -> str | None:
@@ -61,7 +62,7 @@ def work(maps: Sequence[Tensor]) -> int:
 
 def add_taps(params: Any, student: Sequence[Tensor], teacher: Sequence[Tensor] = ()) -> list[Tensor]:
     """The maps into the table of a launch. Returns them as they are read; the launch needs them alive."""
-    dense = [_native.dense(features) for features in (*student, *teacher)]
+    dense = [_taps.dense(features) for features in (*student, *teacher)]
     for index in range(len(student)):
         other = samples("teacher", dense[len(student) + index]) if teacher else {}
         params.add_tap(**samples("student", dense[index]), **other)
@@ -124,12 +125,12 @@ def backward(ctx: Any, grad: Tensor | None, centred: bool) -> tuple[Any, ...]:
 def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tensor, centred: bool) -> list[Tensor]:
     dtype = accumulator(student)
     grad, coefficients = grad.to(dtype).contiguous(), coefficients.to(dtype).contiguous()
-    maps = [_native.dense(s) for s in student]
+    maps = [_taps.dense(s) for s in student]
     gradients = [_native.empty_like(s) for s in maps]
     params = _native.module().GramGradientParams(
         wide=dtype == torch.float64,
         centred=centred,
-        stream=_native.past_caches(maps),
+        stream=_taps.past_caches(maps),
         batch=maps[0].shape[0],
         coefficients=coefficients.data_ptr(),
         grad=grad.data_ptr(),
@@ -137,7 +138,7 @@ def _native_backward(grad: Tensor, student: Sequence[Tensor], coefficients: Tens
     for s, d in zip(maps, gradients, strict=True):
         params.add_tap(**samples("student", s), gradient=d.data_ptr())
     _native.launch("gram_backward", params, grad, work(maps))
-    return [_native.strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
+    return [_taps.strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
 
 
 def _triton_backward(*arguments: Any) -> Any:

@@ -23,7 +23,6 @@ _ELEMENTS_PER_THREAD = 1 << 15  # torch's own grain size
 # Smaller blocks are kept by the C library itself. (glibc keeps larger ones too, up to 32 MiB, but only once some of
 # that size have been freed.)
 _POOLED_BYTES = 1 << 21
-_CACHE_BYTES = 1 << 24  # larger gradients are written past the caches
 
 
 def module() -> Any:
@@ -72,29 +71,6 @@ def empty_like(tensor: Tensor) -> Tensor:
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     dense = empty([tensor.shape[d] for d in order], tensor)
     return dense.permute([order.index(d) for d in range(tensor.ndim)])
-
-
-def is_channels_last(features: Tensor) -> bool:
-    """Whether a dense map has its channels innermost; a map that is also contiguous counts as contiguous."""
-    return not features.is_contiguous() and features.movedim(1, -1).is_contiguous()
-
-
-def dense(features: Tensor) -> Tensor:
-    """`features` as they are where they are contiguous or channels_last, else a copy."""
-    return features if features.is_contiguous() or is_channels_last(features) else features.contiguous()
-
-
-def strided_as(gradient: Tensor, features: Tensor) -> Tensor:
-    """`gradient` with the strides that `torch.empty_like(features)` has, which a fake kernel promised."""
-    if gradient.stride() == features.stride():  # a dense map; without the detour, which takes longer than it looks
-        return gradient
-    promised = torch.empty_like(features, device="meta").stride()
-    return gradient if gradient.stride() == promised else torch.empty_like(features).copy_(gradient)
-
-
-def past_caches(gradients: Sequence[Tensor]) -> bool:
-    """Whether gradients like these should not push everything else out of the caches."""
-    return sum(x.numel() * x.element_size() for x in gradients) > _CACHE_BYTES
 
 
 def launch(name: str, params: Any, like: Tensor, work: int, *ticket: int) -> None:

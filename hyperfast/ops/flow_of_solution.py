@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
-from hyperfast.ops import _native, _triton
+from hyperfast.ops import _native, _taps, _triton
 from hyperfast.ops._gram import no_gradient, nothing_saved
-from hyperfast.ops._library import accumulator, register
+from hyperfast.ops._library import register
+from hyperfast.reference.reduction import accumulator
 
 
 def _cpu_supports(student: Sequence[Tensor], teacher: Sequence[Tensor] = (), *_: Any) -> str | None:
@@ -153,7 +154,7 @@ def _native_forward(
     if grad is not None:
         launch.params.set_backward(grad.data_ptr(), scales.data_ptr())
     launch.run()
-    gradients = [_native.strided_as(d, s) for d, s in zip(gradients, student, strict=False)]
+    gradients = [_taps.strided_as(d, s) for d, s in zip(gradients, student, strict=False)]
     return losses, differences, scales, gradients
 
 
@@ -166,7 +167,7 @@ def _native_backward(
     launch = _Launch(student, pairs, differences=of_pairs, gradients=gradients)
     launch.params.set_backward(grad.data_ptr(), scales.data_ptr())
     launch.run()
-    return [_native.strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
+    return [_taps.strided_as(d, s) for d, s in zip(gradients, student, strict=True)]
 
 
 def _native_statistics(maps: Sequence[Tensor], pairs: Sequence[int]) -> list[Tensor]:

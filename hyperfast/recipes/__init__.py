@@ -8,6 +8,7 @@ from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill import METHODS, Distillation, DistillConfig, LossTerm, Method, distill
 from hyperfast.recipes.evaluation import Evaluation, evaluate
 from hyperfast.recipes.objective import CrossEntropy, Objective, StepLosses
+from hyperfast.recipes.paraphraser import pretrain_paraphraser
 from hyperfast.recipes.predictor_storage import fake_quantized
 from hyperfast.recipes.result import EpochRecord, TrainResult
 from hyperfast.recipes.schedules import TapWeights, cosine_with_warmup
@@ -46,5 +47,6 @@ __all__ = [
     "evaluate",
     "fake_quantized",
     "fit",
+    "pretrain_paraphraser",
     "train",
 ]

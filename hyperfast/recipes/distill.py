@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,10 @@ METHODS: Mapping[str, Method] = {
     "fsp": Method(losses.FlowOfSolution, 50.0),
     "rkd": Method(losses.RelationalDistillation, 1.0),
     "sp": Method(losses.SimilarityPreserving, 3000.0),
+    "ab": Method(losses.ActivationBoundary, 10.0),
+    "cwd": Method(losses.ChannelWiseDistillation, 3.0),
+    "fitnets": Method(partial(losses.FitNets, normalize="teacher"), 1.0),
+    "ft": Method(losses.FactorTransfer, 200.0),
 }
 
 

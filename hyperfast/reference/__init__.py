@@ -1,10 +1,21 @@
 """Every operation in plain PyTorch: the specification in code, and the yardstick of the tests and benchmarks."""
 
+from hyperfast.reference.activation_boundary import (
+    activation_boundary,
+    activation_boundary_backward,
+    activation_boundary_forward,
+    pack_signs,
+)
 from hyperfast.reference.attention_transfer import (
     MODES,
     attention_transfer,
     attention_transfer_backward,
     attention_transfer_forward,
+)
+from hyperfast.reference.channel_wise_distillation import (
+    channel_wise_distillation,
+    channel_wise_distillation_backward,
+    channel_wise_distillation_forward,
 )
 from hyperfast.reference.cross_entropy_distillation import (
     DIVERGENCES,
@@ -13,6 +24,7 @@ from hyperfast.reference.cross_entropy_distillation import (
     cross_entropy_distillation_backward,
     cross_entropy_distillation_forward,
 )
+from hyperfast.reference.fitnets import fitnets, fitnets_backward, fitnets_forward
 from hyperfast.reference.flow_of_solution import (
     REDUCTIONS,
     flow_of_solution,
@@ -47,6 +59,7 @@ from hyperfast.reference.similarity_preserving import (
     similarity_preserving_forward,
     similarity_statistics,
 )
+from hyperfast.reference.unit_distance import unit_distance, unit_distance_backward, unit_distance_forward
 
 __all__ = [
     "ACTIVATIONS",
@@ -60,13 +73,22 @@ __all__ = [
     "PREDICT_ACTIVATIONS",
     "REDUCTIONS",
     "SIMILARITIES",
+    "activation_boundary",
+    "activation_boundary_backward",
+    "activation_boundary_forward",
     "adam_rank_one",
     "attention_transfer",
     "attention_transfer_backward",
     "attention_transfer_forward",
+    "channel_wise_distillation",
+    "channel_wise_distillation_backward",
+    "channel_wise_distillation_forward",
     "cross_entropy_distillation",
     "cross_entropy_distillation_backward",
     "cross_entropy_distillation_forward",
+    "fitnets",
+    "fitnets_backward",
+    "fitnets_forward",
     "flow_of_solution",
     "flow_of_solution_backward",
     "flow_of_solution_forward",
@@ -76,6 +98,7 @@ __all__ = [
     "generate_backward",
     "gram_backward",
     "greedy_chain",
+    "pack_signs",
     "positional_embedding",
     "predict",
     "predict_backward",
@@ -89,4 +112,7 @@ __all__ = [
     "similarity_statistics",
     "squared_error",
     "squared_error_with_gradient",
+    "unit_distance",
+    "unit_distance_backward",
+    "unit_distance_forward",
 ]

@@ -44,7 +44,10 @@ def test_losses_with_and_without_weight() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("att",), r"unknown loss 'att' \(did you mean at\?\); choose from at, fsp, rkd, sp, kd"),
+        (
+            ("att",),
+            r"unknown loss 'att' \(did you mean at\?\); choose from at, fsp, rkd, sp, ab, cwd, fitnets, ft, kd",
+        ),
         (("at=much",), r"--loss 'at=much': the weight 'much' is no number"),
         (("at=0",), "must be a positive number"),
         (("at=nan",), "must be a positive number"),

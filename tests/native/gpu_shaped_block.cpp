@@ -6,11 +6,15 @@
 #include <random>
 #include <vector>
 
+#include "common/activation_boundary.h"
 #include "common/attention_transfer.h"
 #include "common/cross_entropy_distillation.h"
+#include "common/channel_wise_distillation.h"
+#include "common/fitnets.h"
 #include "common/generate.h"
 #include "common/rank_one_update.h"
 #include "common/ranger_update.h"
+#include "common/unit_distance.h"
 #include "cpu/group.h"
 
 using namespace hyperfast;
@@ -40,6 +44,13 @@ struct GpuLanes : native::Lanes<float> {
       for (int r = 0; r < R; ++r) totals[r] += native::add_up<float, decltype(i)::width>(f(r, i));
     });
   }
+  template <int R, class F>
+  void accumulate(int64_t n, float (&totals)[R], F f) const {
+    for (int r = 0; r < R; ++r) totals[r] = 0;
+    for_each(n, [&](auto i) {
+      f(i, [&](int r, auto v) { totals[r] += native::add_up<float, decltype(i)::width>(v); });
+    });
+  }
   template <class F>
   float sum(int64_t n, F f) const {
     float total[1];
@@ -65,11 +76,18 @@ struct GpuLanes : native::Lanes<float> {
     for (int64_t i = 0; i < n; ++i) most = std::max(most, f(native::Positions<1>{i}));
     return most;
   }
+  template <class F>
+  float largest(int64_t n, F f) const {
+    float top = -INFINITY;
+    for_each(n, [&](auto i) { top = std::max(top, native::largest_of<float, decltype(i)::width>(f(i))); });
+    return top;
+  }
 };
 
 struct GpuBlock {
   using Acc = float;
   static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8;
+  static constexpr int64_t kKeptPositions = 0;
   template <class F>
   void for_each(int64_t n, F f) const {
     for (int64_t k = n - 1; k >= 0; --k) f(k);  // no body may rely on the order
@@ -272,6 +290,82 @@ void test_logits(Divergence divergence, int64_t classes, double temperature, dou
   compare("logit gradient", a.gradient, b.gradient);
 }
 
+struct Paired {
+  std::vector<float> losses, measures, gradient;
+};
+
+// Every pass of a loss; its taps have their maps already.
+template <class Block, class... Passes, class Params>
+Paired pair_up(Params p, int64_t elements) {
+  Block block;
+  Paired out{std::vector<float>(p.taps, NAN), std::vector<float>(p.taps, 0.f), std::vector<float>(elements, NAN)};
+  std::vector<float> shares(2 * p.items, NAN), grad(p.taps, 2.f);
+  native::Scratch<float> scratch(paired_scratch<Block>(block.lane_groups()));
+  p.losses = out.losses.data();
+  p.measures = out.measures.data();
+  p.shares = shares.data();
+  p.grad = grad.data();
+  int64_t first = 0;
+  for (int tap = 0; tap < p.taps; ++tap) {
+    p.tap[tap].d_student = out.gradient.data() + first;
+    first += p.tap[tap].rows * p.tap[tap].length;
+  }
+  const auto pass = [&](auto body) {
+    for (int64_t item = 0; item < p.items; ++item) body.template item<float>(block, p, item, scratch.data());
+    body.finish(block, p);
+  };
+  (pass(Passes{}), ...);
+  return out;
+}
+
+template <class... Passes, class Params>
+void test_paired(const char* what, Params p, bool channels_last) {
+  // Samples, channels, positions; the third is several runs and several work items long.
+  const int64_t shapes[][3] = {{3, 5, 42}, {2, 33, 16}, {2, 70, 150}, {3, 4, 1100}};
+  std::vector<std::vector<float>> maps;
+  int64_t elements = 0;
+  for (const auto& [rows, channels, positions] : shapes) {
+    const int64_t length = channels * positions;
+    maps.push_back(draw(rows * length));
+    maps.push_back(draw(rows * length));
+    PairedTap& tap = p.tap[p.taps++];
+    tap.rows = rows;
+    tap.length = length;
+    tap.channels = channels;
+    tap.channels_last = channels_last;
+    tap.factor = 1.0 / double(rows * length);
+    tap.first_item = p.items;
+    p.items += rows * items_of_row(p, tap);
+    elements += rows * length;
+  }
+  for (int tap = 0; tap < p.taps; ++tap) {
+    p.tap[tap].student = maps[2 * tap].data();
+    p.tap[tap].teacher = maps[2 * tap + 1].data();
+  }
+  const Paired a = pair_up<GpuBlock, Passes...>(p, elements);
+  const Paired b = pair_up<native::Block<float>, Passes...>(p, elements);
+  compare(what, a.losses, b.losses);
+  compare(what, a.measures, b.measures);
+  compare(what, a.gradient, b.gradient);
+}
+
+void test_paired_losses() {
+  ActivationBoundaryParams boundary;
+  boundary.part = kPairedPart;
+  test_paired<ActivationBoundary>("activation boundary", boundary, false);
+  boundary.packed = true;  // random bits
+  test_paired<ActivationBoundary>("activation boundary, packed", boundary, false);
+  FitNetsParams fitnets;
+  fitnets.part = kPairedPart;
+  test_paired<FitNets>("fitnets", fitnets, false);
+  fitnets.normalize = true;
+  test_paired<TeacherVariance, FitNets>("fitnets, normalised", fitnets, false);
+  test_paired<UnitDistance<1>>("unit distance, p = 1", UnitDistanceParams(), false);
+  test_paired<UnitDistance<2>>("unit distance, p = 2", UnitDistanceParams(), false);
+  for (bool channels_last : {false, true})
+    test_paired<ChannelWiseDistillation>("channel-wise distillation", ChannelWiseDistillationParams(), channels_last);
+}
+
 template <UpdateRule kRule, class AnyBlock>
 std::vector<std::vector<float>> rank_one(RankOneParams p, std::vector<std::vector<float>> tensors) {
   AnyBlock block;
@@ -366,6 +460,7 @@ int main() {
   for (Divergence divergence : {Divergence::kKl, Divergence::kStable, Divergence::kMultiStable})
     for (int64_t classes : {10, 64, 5003}) test_logits(divergence, classes, 4, 0.1);
   test_logits(Divergence::kKl, 1000, 1, 0);
+  test_paired_losses();
   test_rank_one<UpdateRule::kSgd>(30, 16, {});
   test_rank_one<UpdateRule::kMomentum>(30, 45, {});
   test_rank_one<UpdateRule::kNesterov>(30, 16, {0, 0, 9, 30});

@@ -23,3 +23,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         pytest.skip(reason)
     with use_backend(request.param):
         yield request.param
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`options` of a test in a class runs through the `cases` of the class."""
+    if "options" in metafunc.fixturenames and hasattr(metafunc.cls, "cases"):
+        metafunc.parametrize("options", metafunc.cls.cases, ids=lambda options: "-".join(map(str, options.values())))

@@ -14,7 +14,7 @@ from torch import nn
 import hyperfast
 from hyperfast import losses
 from hyperfast.nn import hypernetize
-from hyperfast.recipes import Distillation, DistillConfig, LossTerm, TapWeights, distill, train
+from hyperfast.recipes import METHODS, Distillation, DistillConfig, LossTerm, TapWeights, distill, train
 from hyperfast.surgery import taps
 
 
@@ -63,6 +63,16 @@ def test_default_is_attention_transfer_with_weight_1000(teacher: tiny_task.Netwo
     _, found = total_of(DistillConfig(), teacher, tiny_task.network())
     expected = found.terms["cross_entropy"] + 1000 * found.terms["at"].mean()
     assert torch.allclose(found.total, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_by_name(teacher: tiny_task.Network, name: str) -> None:
+    student = tiny_task.network(width=12)  # some methods compare maps of one shape
+    config = DistillConfig({name: LossTerm()}, cross_entropy_weight=0.0)
+    _, found = total_of(config, teacher, student)
+    assert torch.allclose(found.total, METHODS[name].beta * found.terms[name].mean())
+    found.total.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])

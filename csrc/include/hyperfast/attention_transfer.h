@@ -1,7 +1,7 @@
 #pragma once
 #include <cstdint>
 
-#include "hyperfast/types.h"
+#include "hyperfast/paired_taps.h"
 
 namespace hyperfast {
 
@@ -21,8 +21,6 @@ struct AttentionTap {
   int64_t first_item = 0;         // running count of samples before this tap
   int64_t first_coefficient = 0;  // running count of batch * positions before this tap
 };
-
-constexpr int kMaxTaps = 64;  // of one launch; the table travels by value in the kernel's arguments
 
 // Attention transfer of all taps; see hyperfast/reference/attention_transfer.py. Sums are float, double for double.
 struct AttentionParams {
