@@ -161,7 +161,7 @@ def continuation(start: Artifact, config: CompressConfig) -> CompressConfig:
     settings: Any = start.metadata.get("settings")
     if not isinstance(settings, dict):
         raise ValueError("start does not say what it was made with (metadata['settings']); give what compress() made")
-    default, changes = CompressConfig(), {}
+    default, changes = CompressConfig(), dict[str, Any]()
     for name in (f.name for f in fields(CompressConfig) if f.name in settings and f.name not in _NEW_AFTER_START):
         value = tuple(settings[name]) if isinstance(settings[name], list) else settings[name]
         if getattr(config, name) not in (value, getattr(default, name)):
