@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from operations.feature_maps import SMALL, STAGES, feature_operation, sum_of_taps
-from operations.shapes import shufflenet_v2_x0_5_activations
 from peers import alternatives
 from registry import Case
 
 from hyperfast import functional, reference
+from operations.feature_maps import SMALL, STAGES, feature_operation, sum_of_taps
+from operations.shapes import shufflenet_v2_x0_5_activations
 
 
 def _fused(*arguments: Any, **options: Any) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from operations.feature_maps import feature_operation
 from peers import repdistiller
 from registry import Case
 
 from hyperfast import functional, reference
+from operations.feature_maps import feature_operation
 
 OPERATION = feature_operation(
     "attention_transfer",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from operations.feature_maps import SMALL, STAGES, feature_operation, sum_of_taps
 from peers import alternatives
 
 from hyperfast import functional, reference
+from operations.feature_maps import SMALL, STAGES, feature_operation, sum_of_taps
 
 OPERATION = feature_operation(
     "unit_distance",
