@@ -64,7 +64,7 @@ class PairedContract:
     loss: ClassVar[PairedLoss]
     public: ClassVar[Callable[..., Any]]
     plain: ClassVar[Callable[..., Tensor]]
-    cases: ClassVar[list[dict[str, Any]]]
+    cases: ClassVar[Sequence[dict[str, Any]]]
     arguments: ClassVar[Callable[..., tuple[Any, ...]]]
     shapes: ClassVar[list[tuple[int, ...]]] = SHAPES
     zero_for_equal_maps: ClassVar[bool] = True

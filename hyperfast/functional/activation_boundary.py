@@ -39,8 +39,8 @@ def activation_boundary(
 
     Args:
         student: pre-activation maps `[B, ...]`, float16, bfloat16, float32 or float64. Gradients flow here only.
-        teacher: as many maps of the same shapes; or all of them packed by `pack_signs`, which is an eighth of a byte
-            per element. A teacher of exactly 0 counts as inactive.
+        teacher: as many maps of the same shapes; or all of them packed by `pack_signs`, one bit per element. A
+            teacher of exactly 0 counts as inactive.
         margin: m > 0, how far from zero the student is pushed.
         reduction: `"mean"` over the elements, or `"batch"`, the sum per sample.
         expected_grad: `[L]`, what the gradient of the losses will be: the weights with which they are added up.

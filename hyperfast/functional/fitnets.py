@@ -24,8 +24,8 @@ def fitnets(
 ) -> Tensor:
     r"""Squared difference of all taps in one launch: one loss per tap.
 
-    With E the elements of a map of B samples, and :math:`\sigma^2` the variance of all elements of the teacher's map, or 1
-    where nothing is normalised:
+    With E the elements of a map of B samples, and :math:`\sigma^2` the variance of all elements of the teacher's map,
+    or 1 where nothing is normalised:
 
     .. math::
         L_{mean} = \frac{1}{E \sigma^2} \| F_s - F_t \|_2^2, \qquad

@@ -85,10 +85,10 @@ class FeatureMapDistillation(FeatureLoss):
         if self.mode == "l2_batched":
             losses = self._batched(pairs, first, expected_grad)
         else:
-            losses = [self._plain(*pairs[index]) for index in first]
+            losses = torch.stack([self._plain(*pairs[index]) for index in first])
         if len(first) == len(pairs):
-            return losses if isinstance(losses, torch.Tensor) else torch.stack(losses)
-        found = dict(zip(first, losses, strict=True))
+            return losses
+        found = dict(zip(first, losses.unbind(), strict=True))
         none = torch.zeros_like(found[0])
         return torch.stack([found.get(index, none) for index in range(len(pairs))])
 

@@ -15,7 +15,8 @@ def pack_signs(features: Tensor) -> Tensor:
     active = features.flatten(1) > 0
     active = torch.nn.functional.pad(active, (0, -active.shape[1] % 8)).unflatten(1, (-1, 8))
     bits = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=features.device)
-    return (active * bits).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (active * bits).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def is_active(student: Tensor, teacher: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class TestActivationBoundary(PairedContract):
     loss = loss
     public = staticmethod(functional.activation_boundary)
     plain = staticmethod(plain)
-    cases = [{"margin": m, "reduction": r} for m in (1.0, 2.5) for r in ("mean", "batch")]
+    cases = tuple({"margin": m, "reduction": r} for m in (1.0, 2.5) for r in ("mean", "batch"))
     arguments = staticmethod(lambda margin, reduction: (margin, reduction))
     zero_for_equal_maps = False
 

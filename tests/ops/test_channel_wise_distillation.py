@@ -9,7 +9,8 @@ from hyperfast import functional
 from hyperfast.ops.channel_wise_distillation import loss
 
 DISPATCHER = loss.forward_implementations
-SHAPES = [(3, 5, 6, 7), (3, 8, 4, 4), (3, 4, 9), (3, 70, 2, 3, 3), (3, 5, 1, 1), (3, 45, 33, 41)]
+# Many channels: what rounding does to a loss of few is a matter of luck, ours and that of the yardstick.
+SHAPES = [(3, 50, 6, 7), (3, 80, 4, 4), (3, 40, 9), (3, 70, 2, 3, 3), (3, 5, 1, 1), (3, 45, 33, 41)]
 
 
 def plain(students, teachers, temperature):
@@ -25,7 +26,7 @@ class TestChannelWiseDistillation(PairedContract):
     loss = loss
     public = staticmethod(functional.channel_wise_distillation)
     plain = staticmethod(plain)
-    cases = [{"temperature": 4.0}, {"temperature": 1.0}]
+    cases = ({"temperature": 4.0}, {"temperature": 1.0})
     arguments = staticmethod(lambda temperature: (temperature,))
     shapes = SHAPES
 

@@ -27,7 +27,7 @@ class TestFitNets(PairedContract):
     loss = loss
     public = staticmethod(functional.fitnets)
     plain = staticmethod(plain)
-    cases = [{"normalize": n, "reduction": r} for n in ("none", "teacher") for r in ("mean", "batch")]
+    cases = tuple({"normalize": n, "reduction": r} for n in ("none", "teacher") for r in ("mean", "batch"))
     arguments = staticmethod(lambda normalize, reduction: (normalize == "teacher", reduction))
 
 

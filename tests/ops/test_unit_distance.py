@@ -34,7 +34,7 @@ class TestUnitDistance(PairedContract):
     loss = loss
     public = staticmethod(functional.unit_distance)
     plain = staticmethod(plain)
-    cases = [{"p": 1}, {"p": 2, "reduction": "batch"}, {"p": 1, "eps": 1e-3, "added": True}, NERN]
+    cases = ({"p": 1}, {"p": 2, "reduction": "batch"}, {"p": 1, "eps": 1e-3, "added": True}, NERN)
     arguments = staticmethod(lambda p, eps=1e-12, added=False, reduction="mean": (p, eps, added, reduction))
 
 
