@@ -31,6 +31,11 @@ def make_inputs(options: Mapping[str, Any], device: torch.device, seed: int) -> 
     return Inputs(student, teacher)
 
 
+def doubled(inputs: Inputs) -> Inputs:
+    """The same in float64."""
+    return Inputs([s.double() for s in inputs.student], [t.double() for t in inputs.teacher])
+
+
 def work(inputs: Inputs, loss: Loss) -> Work:
     """`loss` is the sum over the taps."""
     student = [features.detach().requires_grad_() for features in inputs.student]
@@ -94,8 +99,7 @@ def feature_operation(
         return fused(student, teacher, expected_grad=torch.ones(len(student))).sum()
 
     def exact(inputs: Inputs) -> dict[str, Tensor]:
-        doubles = Inputs([s.double() for s in inputs.student], [t.double() for t in inputs.teacher])
-        return work(doubles, truth).results()
+        return work(doubled(inputs), truth).results()
 
     best = list(eager.values())[-1]
     return Operation(

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from feature_maps import Inputs, doubled, elements, feature_work, make_inputs
 from peers import repdistiller
 from registry import Case, Operation, Provider, hyperfast_providers, prepare_compiler
 from torch import Tensor
 
 from hyperfast import functional, reference
+from operations.feature_maps import Inputs, doubled, elements, make_inputs, work
 
 PAIRS = [(0, 1), (2, 3)]
 
@@ -39,7 +39,7 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
     """The reference in float64."""
     flat = [tap for pair in PAIRS for tap in pair]
     loss = reference.flow_of_solution
-    return feature_work(doubled(inputs), lambda s, t: loss(s, t, [], flat, "mean", False).sum()).results()
+    return work(doubled(inputs), lambda s, t: loss(s, t, [], flat, "mean", False).sum()).results()
 
 
 def _flops(options: Mapping[str, Any]) -> int:
@@ -51,16 +51,16 @@ OPERATION = Operation(
     name="flow_of_solution",
     title="Flow between two pairs of taps, forward and backward",
     cases=[
-        Case("2 of 128x48x16x16, 2 of 128x192x4x4", {"maps": [(128, 48, 16, 16)] * 2 + [(128, 192, 4, 4)] * 2}),
-        Case("2 of 9x8x8x8, 2 of 9x16x4x4", {"maps": [(9, 8, 8, 8)] * 2 + [(9, 16, 4, 4)] * 2}, small=True),
+        Case("2 of 128x48x16x16, 2 of 128x192x4x4", {"maps": [(128, 48, 16, 16)] * 2 + [(128, 192, 4, 4)] * 2, "relu": True}),
+        Case("2 of 9x8x8x8, 2 of 9x16x4x4", {"maps": [(9, 8, 8, 8)] * 2 + [(9, 16, 4, 4)] * 2, "relu": True}, small=True),
     ],
     providers=[
-        *hyperfast_providers(lambda inputs: feature_work(inputs, _fused)),
-        Provider("eager (RepDistiller's form)", lambda inputs: feature_work(inputs, _broadcast)),
-        Provider("eager (bmm form)", lambda inputs: feature_work(inputs, product_loss)),
+        *hyperfast_providers(lambda inputs: work(inputs, _fused)),
+        Provider("eager (RepDistiller's form)", lambda inputs: work(inputs, _broadcast)),
+        Provider("eager (bmm form)", lambda inputs: work(inputs, product_loss)),
         Provider(
             "torch.compile",
-            lambda inputs: feature_work(inputs, torch.compile(product_loss, fullgraph=True)),
+            lambda inputs: work(inputs, torch.compile(product_loss, fullgraph=True)),
             prepare=prepare_compiler,
         ),
     ],

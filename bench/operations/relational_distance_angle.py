@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from feature_maps import Inputs, doubled, elements, feature_work, make_inputs
 from peers import repdistiller
 from registry import Case, Operation, Provider, hyperfast_providers, prepare_compiler
 from torch import Tensor
 
 from hyperfast import functional, reference
+from operations.feature_maps import Inputs, doubled, elements, make_inputs, work
 
 
 def _fused(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -49,7 +49,7 @@ def _angles(gram: Tensor) -> Tensor:
 def truth(inputs: Inputs) -> dict[str, Tensor]:
     """The reference in float64."""
     loss = reference.relational_distance_angle
-    return feature_work(doubled(inputs), lambda s, t: loss(s, t, None, 25.0, 50.0).sum()).results()
+    return work(doubled(inputs), lambda s, t: loss(s, t, None, 25.0, 50.0).sum()).results()
 
 
 def _flops(options: Mapping[str, Any]) -> int:
@@ -62,17 +62,17 @@ OPERATION = Operation(
     name="relational_distance_angle",
     title="Distances and angles between the samples of a tap, forward and backward",
     cases=[
-        Case("128x192x4x4", {"maps": [(128, 192, 4, 4)]}),
-        Case("128x512", {"maps": [(128, 512)]}),
-        Case("9x16x4x4", {"maps": [(9, 16, 4, 4)]}, small=True),
+        Case("128x192x4x4", {"maps": [(128, 192, 4, 4)], "relu": True}),
+        Case("128x512", {"maps": [(128, 512)], "relu": True}),
+        Case("9x16x4x4", {"maps": [(9, 16, 4, 4)], "relu": True}, small=True),
     ],
     providers=[
-        *hyperfast_providers(lambda inputs: feature_work(inputs, _fused)),
-        Provider("eager (RepDistiller's form)", lambda inputs: feature_work(inputs, repdistiller.relational_loss)),
-        Provider("eager (Gram form)", lambda inputs: feature_work(inputs, gram_loss)),
+        *hyperfast_providers(lambda inputs: work(inputs, _fused)),
+        Provider("eager (RepDistiller's form)", lambda inputs: work(inputs, repdistiller.relational_loss)),
+        Provider("eager (Gram form)", lambda inputs: work(inputs, gram_loss)),
         Provider(
             "torch.compile",
-            lambda inputs: feature_work(inputs, torch.compile(gram_loss, fullgraph=True)),
+            lambda inputs: work(inputs, torch.compile(gram_loss, fullgraph=True)),
             prepare=prepare_compiler,
         ),
     ],

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from feature_maps import Inputs, doubled, elements, feature_work, make_inputs
 from peers import repdistiller
 from registry import Case, Operation, Provider, hyperfast_providers, prepare_compiler
 from torch import Tensor
 
 from hyperfast import functional, reference
+from operations.feature_maps import Inputs, doubled, elements, make_inputs, work
 
 
 def _fused(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -20,7 +20,7 @@ def _fused(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 def truth(inputs: Inputs) -> dict[str, Tensor]:
     """The reference in float64."""
-    return feature_work(doubled(inputs), lambda s, t: reference.similarity_preserving(s, t).sum()).results()
+    return work(doubled(inputs), lambda s, t: reference.similarity_preserving(s, t).sum()).results()
 
 
 def _flops(options: Mapping[str, Any]) -> int:
@@ -32,15 +32,15 @@ OPERATION = Operation(
     name="similarity_preserving",
     title="Similarity preserving of two taps, forward and backward",
     cases=[
-        Case("128x48x16x16, 128x192x4x4", {"maps": [(128, 48, 16, 16), (128, 192, 4, 4)]}),
-        Case("9x8x8x8, 9x16x4x4", {"maps": [(9, 8, 8, 8), (9, 16, 4, 4)]}, small=True),
+        Case("128x48x16x16, 128x192x4x4", {"maps": [(128, 48, 16, 16), (128, 192, 4, 4)], "relu": True}),
+        Case("9x8x8x8, 9x16x4x4", {"maps": [(9, 8, 8, 8), (9, 16, 4, 4)], "relu": True}, small=True),
     ],
     providers=[
-        *hyperfast_providers(lambda inputs: feature_work(inputs, _fused)),
-        Provider("eager (RepDistiller's form)", lambda inputs: feature_work(inputs, repdistiller.similarity_loss)),
+        *hyperfast_providers(lambda inputs: work(inputs, _fused)),
+        Provider("eager (RepDistiller's form)", lambda inputs: work(inputs, repdistiller.similarity_loss)),
         Provider(
             "torch.compile",
-            lambda inputs: feature_work(inputs, torch.compile(repdistiller.similarity_loss, fullgraph=True)),
+            lambda inputs: work(inputs, torch.compile(repdistiller.similarity_loss, fullgraph=True)),
             prepare=prepare_compiler,
         ),
     ],
