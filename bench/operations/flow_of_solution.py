@@ -47,12 +47,16 @@ def _flops(options: Mapping[str, Any]) -> int:
     return sum(8 * options["maps"][i][1] * elements({"maps": [options["maps"][j]]}) for i, j in PAIRS)
 
 
+def _case(name: str, first: tuple[int, ...], second: tuple[int, ...], small: bool = False) -> Case:
+    return Case(name, {"maps": [first] * 2 + [second] * 2, "relu": True}, small)
+
+
 OPERATION = Operation(
     name="flow_of_solution",
     title="Flow between two pairs of taps, forward and backward",
     cases=[
-        Case("2 of 128x48x16x16, 2 of 128x192x4x4", {"maps": [(128, 48, 16, 16)] * 2 + [(128, 192, 4, 4)] * 2, "relu": True}),
-        Case("2 of 9x8x8x8, 2 of 9x16x4x4", {"maps": [(9, 8, 8, 8)] * 2 + [(9, 16, 4, 4)] * 2, "relu": True}, small=True),
+        _case("2 of 128x48x16x16, 2 of 128x192x4x4", (128, 48, 16, 16), (128, 192, 4, 4)),
+        _case("2 of 9x8x8x8, 2 of 9x16x4x4", (9, 8, 8, 8), (9, 16, 4, 4), small=True),
     ],
     providers=[
         *hyperfast_providers(lambda inputs: work(inputs, _fused)),
