@@ -20,8 +20,8 @@ import hyperfast
 
 _Named = TypeVar("_Named", "Case", "Provider")
 
-NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
-NAMES += ("training_step", "cross_entropy_distillation")
+NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "cross_entropy_distillation")
+NAMES += ("reconstruction_step", "training_step")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def main() -> int:
         print("torch sees no GPU")
         return 1
     device, wrong = torch.device("cuda"), 0
-    for name in ("generate", "attention_transfer", "ranger_update"):
+    for name in ("generate", "attention_transfer", "ranger_update", "cross_entropy_distillation"):
         op = operation(name)
         for case in (case for case in op.cases if case.small):
             inputs = op.inputs(case.options, device, 0)
