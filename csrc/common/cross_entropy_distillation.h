@@ -24,6 +24,13 @@ HF_INLINE RowStatistics<A>* statistics_of(const LogitParams& p, int64_t row) {
   return static_cast<RowStatistics<A>*>(p.statistics) + row;
 }
 
+// Exponentials of a row, which its gradient needs again: of x, x / T and y / T as below, each in a third of `data`.
+template <class A>
+struct Exponentials {
+  A* data = nullptr;  // null: nothing is kept
+  int64_t stride = 0;
+};
+
 // Sums over a row of exponentials, all relative to the maxima so far.
 template <class A>
 struct RowSums {
@@ -35,7 +42,7 @@ struct RowSums {
 
 template <class T, class Lanes>
 HF_BODY RowSums<typename Lanes::Acc> row_sums(const Lanes& lanes, const LogitParams& p, int64_t row, bool hard,
-                                              bool soft) {
+                                              bool soft, const Exponentials<typename Lanes::Acc>& kept) {
   using A = typename Lanes::Acc;
   const T *student = row_of<T>(p.student, p, row), *teacher = row_of<T>(p.teacher, p, row);
   const A cooled = A(1 / p.temperature);
@@ -60,12 +67,23 @@ HF_BODY RowSums<typename Lanes::Acc> row_sums(const Lanes& lanes, const LogitPar
     A part[4];
     lanes.add_padded(n, part, [&](auto i, auto& total) {
       const auto x = lanes.load(s, i) + -student_max;
-      if (hard) total[0] += lanes.exp(x);
-      if (soft) total[1] += lanes.exp(x * cooled);
+      lanes.prefetch(s + n, i);  // the next chunk, or the next row
+      if (hard) {
+        const auto e = lanes.exp(x);
+        total[0] += e;
+        if (kept.data) lanes.store(kept.data, i, e);
+      }
+      if (soft) {
+        const auto e = lanes.exp(x * cooled);
+        total[1] += e;
+        if (kept.data) lanes.store(kept.data + kept.stride, i, e);
+      }
       if (t) {
         const auto y = lanes.load(t, i) + -teacher_max, e = lanes.exp(y * cooled);
+        lanes.prefetch(t + n, i);
         total[2] += e;
         total[3] += lanes.weighted(e, y - x);
+        if (kept.data) lanes.store(kept.data + 2 * kept.stride, i, e);
       }
     });
     sums.hard += part[0];
@@ -77,13 +95,15 @@ HF_BODY RowSums<typename Lanes::Acc> row_sums(const Lanes& lanes, const LogitPar
   return sums;
 }
 
-// Row `row` of the two losses, not yet divided, and what its gradient needs.
+// Row `row` of the two losses, not yet divided, and what its gradient needs. Exponentials can be kept of rows of no
+// more than kLogitChunk classes: others are relative to maxima that change.
 template <class T, class Lanes>
-HF_BODY RowStatistics<typename Lanes::Acc> logit_row(const Lanes& lanes, const LogitParams& p, int64_t row) {
+HF_BODY RowStatistics<typename Lanes::Acc> logit_row(const Lanes& lanes, const LogitParams& p, int64_t row,
+                                                     const Exponentials<typename Lanes::Acc>& kept = {}) {
   using A = typename Lanes::Acc;
   const bool hard = has_label(p, row), same = hard && p.temperature == 1;
   const T *student = row_of<T>(p.student, p, row), *teacher = row_of<T>(p.teacher, p, row);
-  RowSums<A> sums = row_sums<T>(lanes, p, row, hard, p.teacher && !same);
+  RowSums<A> sums = row_sums<T>(lanes, p, row, hard, p.teacher && !same, kept);
   if (same) sums.soft = sums.hard;
   const A cooled = A(1 / p.temperature), eps = A(kDivergenceEps);
   RowStatistics<A> found{sums.student_max, 1 / sums.hard, 1 / sums.soft, sums.teacher_max, 1 / sums.teacher, A(0)};
@@ -144,7 +164,8 @@ HF_BODY void logit_finish(Block& block, const LogitParams& p) {
 // divergence.
 template <class T, class Lanes>
 HF_BODY void logit_gradient_row(const Lanes& lanes, const LogitParams& p, int64_t row,
-                                const RowStatistics<typename Lanes::Acc>& found) {
+                                const RowStatistics<typename Lanes::Acc>& found,
+                                const Exponentials<typename Lanes::Acc>& kept = {}) {
   using A = typename Lanes::Acc;
   const T *student = row_of<T>(p.student, p, row), *teacher = row_of<T>(p.teacher, p, row);
   T* gradient = static_cast<T*>(p.d_student) + row * p.classes;
@@ -156,17 +177,20 @@ HF_BODY void logit_gradient_row(const Lanes& lanes, const LogitParams& p, int64_
   const A everywhere = to_hard * A(p.smoothing / double(p.classes)), at_label = to_hard * A(1 - p.smoothing);
   const A cooled = A(1 / p.temperature), eps = A(kDivergenceEps);
   const A raised = p.divergence == Divergence::kMultiStable ? eps : A(0);
+  // exp((z - max) scale), or what was kept of it.
+  const auto exponential = [&](int which, const T* logits, A max, A scale, auto i) {
+    if (kept.data) return lanes.load(kept.data + which * kept.stride, i);
+    return lanes.exp((lanes.load_in_order(logits, i) + -max) * scale);
+  };
   lanes.for_each_padded(p.classes, [&](auto i) {
-    const auto x = lanes.load_in_order(student, i) + -found.student_max;
     auto d = lanes.zero(i), q = d;
     if (hard) {
-      q = lanes.exp(x) * found.hard_inverse;
+      q = exponential(0, student, found.student_max, A(1), i) * found.hard_inverse;
       d = lanes.add_at(q * to_hard + -everywhere, i, label, -at_label);
     }
     if (teacher) {
-      if (!same) q = lanes.exp(x * cooled) * found.soft_inverse;
-      const auto y = lanes.load_in_order(teacher, i) + -found.teacher_max;
-      const auto weight = lanes.exp(y * cooled) * found.teacher_inverse + raised;
+      if (!same) q = exponential(1, student, found.student_max, cooled, i) * found.soft_inverse;
+      const auto weight = exponential(2, teacher, found.teacher_max, cooled, i) * found.teacher_inverse + raised;
       if (kl)
         d += (q - weight) * to_soft;
       else

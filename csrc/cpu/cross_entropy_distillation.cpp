@@ -25,14 +25,17 @@ bool forward(const LogitParams& p, int threads) {
   if (count < 0) return false;
   *reinterpret_cast<A*>(statistics_of<A>(p, p.rows)) = count ? 1 / A(count) : A(0);  // for gradients written at once
   Block<A> all;
+  const bool keep = p.grad && p.classes <= kLogitChunk;
 #pragma omp parallel num_threads(threads)
   {
     Block<A> block;
+    Scratch<A> scratch(keep ? 3 * p.classes : 0);
+    const Exponentials<A> kept{keep ? scratch.data() : nullptr, p.classes};
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
       block.partition(row, row + 1, [&](int64_t at, auto& lanes) {
-        const auto found = logit_row<T>(lanes, p, at);
-        if (p.grad) logit_gradient_row<T>(lanes, p, at, found);  // the row is still in the cache
+        const auto found = logit_row<T>(lanes, p, at, kept);
+        if (p.grad) logit_gradient_row<T>(lanes, p, at, found, kept);  // the row is still in the cache
       });
     }
     if (p.stream) finish_streams();

@@ -422,6 +422,8 @@ struct Lanes {
   }
   template <class T, int N>
   HF_INLINE void stream(T* p, LastPositions<N> i, Vector<A, N> v) const { store(p, i, v); }
+  template <class T, int N>
+  HF_INLINE void prefetch(const T* p, LastPositions<N> i) const { __builtin_prefetch(p + i.at, 0, 2); }
   template <int N>
   HF_INLINE Vector<A, N> zero(LastPositions<N>) const { return Vector<A, N>{}; }
 

@@ -135,7 +135,7 @@ class CrossEntropyDistillation(nn.Module):
             expected_grad=weights,
         )
         self.last = losses.detach()
-        return (losses * weights).sum()
+        return torch.dot(losses, weights)
 
     def _resolve(self, like: Tensor) -> Tensor:
         """Both weights on the device of the logits; a copy there each step would wait for it."""

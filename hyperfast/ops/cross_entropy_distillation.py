@@ -32,21 +32,25 @@ def _cpu_supports(student: Tensor, teacher: Tensor | None, *_: Any) -> str | Non
     return _native.missing() or _native.wrong_device(student, "cpu") or _native_limits(student, teacher)
 
 
-def _cuda_supports(student: Tensor, teacher: Tensor | None, *options: Any) -> str | None:
-    reason = _native.wrong_device(student, "cuda") or _native.missing_cuda() or _native_limits(student, teacher)
-    if reason is None and student.dtype == torch.float64:
-        reason = "the logits are torch.float64; the CUDA kernels sum in float32"
-    if reason is None and isinstance(options[-1], Tensor):  # comparing with the upstream gradient would wait
-        reason = "expected_grad is for the CPU"
-    return reason
-
-
 def _cpu_supports_backward(_grad: Tensor, student: Tensor, teacher: Tensor | None, *_: Any) -> str | None:
     return _cpu_supports(student, teacher)
 
 
-def _cuda_supports_backward(_grad: Tensor, student: Tensor, teacher: Tensor | None, *options: Any) -> str | None:
-    return _cuda_supports(student, teacher, *options)
+def _cuda_limits(student: Tensor, teacher: Tensor | None) -> str | None:
+    reason = _native.wrong_device(student, "cuda") or _native.missing_cuda() or _native_limits(student, teacher)
+    if reason is None and student.dtype == torch.float64:
+        reason = "the logits are torch.float64; the CUDA kernels sum in float32"
+    return reason
+
+
+def _cuda_supports(student: Tensor, teacher: Tensor | None, *options: Any) -> str | None:
+    # Comparing with the upstream gradient would wait for a GPU.
+    unexpected = None if options[-1] is None else "expected_grad is for the CPU"
+    return _cuda_limits(student, teacher) or unexpected
+
+
+def _cuda_supports_backward(_grad: Tensor, student: Tensor, teacher: Tensor | None, *_: Any) -> str | None:
+    return _cuda_limits(student, teacher)
 
 
 def _params(
@@ -87,9 +91,9 @@ def _is_large(student: Tensor) -> bool:
 
 
 def _native_forward(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, *options: Any
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *options, expected_grad = options
+    *options, expected_grad = others
     logits, teacher, labels, grad = _contiguous(student, teacher, labels, expected_grad)
     losses, statistics = _results(logits)
     # Three numbers per row, and the ticket of the CUDA launch behind them.

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperfast import losses
 from hyperfast.recipes.checkpoint import JSON
 
 
@@ -65,7 +65,7 @@ class CrossEntropy:
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.modules = nn.ModuleDict()
         self.settings: Mapping[str, JSON] = {"objective": "cross_entropy"}
-        self.loss = losses.CrossEntropyDistillation(label_smoothing=label_smoothing)
+        self.label_smoothing = label_smoothing
 
     def watch(self, model: nn.Module) -> AbstractContextManager[object]:
         """Nothing to watch."""
@@ -75,7 +75,7 @@ class CrossEntropy:
         self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, progress: float
     ) -> StepLosses:
         logits = forward(images)
-        loss = self.loss(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return StepLosses(loss, logits, {"cross_entropy": loss})
 
     def tap_names(self, term: str) -> list[str] | None:
