@@ -23,7 +23,7 @@ def gram_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """The same from Gram matrices of centred samples: tensors of B x B x B instead of B x B x D."""
     losses = []
     for s, t in zip(student, teacher, strict=True):
-        own, other = _gram(s), _gram(t)
+        own, other = _centred(s), _centred(t)
         losses.append(
             25 * F.smooth_l1_loss(repdistiller.distances(own), repdistiller.distances(other))
             + 50 * F.smooth_l1_loss(_angles(own), _angles(other))
@@ -31,15 +31,15 @@ def gram_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _gram(features: Tensor) -> Tensor:
+def _centred(features: Tensor) -> Tensor:
     rows = features.flatten(1)
-    rows = rows - rows.mean(0)
-    return rows @ rows.t()
+    return rows - rows.mean(0)
 
 
-def _angles(gram: Tensor) -> Tensor:
+def _angles(rows: Tensor) -> Tensor:
     """Cosines at the vertices `[vertex, i, k]`."""
-    squares = gram.diagonal()
+    # Not the diagonal of the product: Inductor of torch 2.13 computes its derivative wrongly.
+    gram, squares = rows @ rows.t(), rows.square().sum(1)
     own = torch.eye(len(gram), dtype=torch.bool, device=gram.device)
     inverse = (squares[:, None] + squares[None, :] - 2 * gram).masked_fill(own, 1).rsqrt().masked_fill(own, 0)
     dots = gram[None] - gram[:, :, None] - gram[:, None, :] + squares[:, None, None]

@@ -42,18 +42,18 @@ def relational_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
     for s, t in zip(student, teacher, strict=True):
         rows, rows_t = s.view(len(s), -1), t.view(len(t), -1)
         with torch.no_grad():
-            distances_t, angles_t = distances(rows_t @ rows_t.t()), _angles(rows_t)
-        of_distances = F.smooth_l1_loss(distances(rows @ rows.t()), distances_t)
+            distances_t, angles_t = distances(rows_t), _angles(rows_t)
+        of_distances = F.smooth_l1_loss(distances(rows), distances_t)
         losses.append(25 * of_distances + 50 * F.smooth_l1_loss(_angles(rows), angles_t))
     return torch.stack(losses).sum()
 
 
-def distances(gram: Tensor) -> Tensor:
+def distances(rows: Tensor) -> Tensor:
     """Distances of all pairs of samples, divided by the mean of the positive ones: those between different samples."""
-    squares = gram.diagonal()
-    found = (squares[:, None] + squares[None, :] - 2 * gram).clamp(min=1e-12).sqrt()
-    found = found * (1 - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    return found / (found.sum() / (len(gram) * (len(gram) - 1)))
+    squares = rows.square().sum(1)
+    found = (squares[:, None] + squares[None, :] - 2 * rows @ rows.t()).clamp(min=1e-12).sqrt()
+    found = found * (1 - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
+    return found / (found.sum() / (len(rows) * (len(rows) - 1)))
 
 
 def _angles(rows: Tensor) -> Tensor:

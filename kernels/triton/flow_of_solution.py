@@ -40,6 +40,8 @@ SAMPLES = 64
 EPS = 1e-12
 """A teacher's matrix of a smaller norm cannot be divided by it."""
 OPTIONS = {"num_warps": 8, "num_stages": 2}
+ODD_OPTIONS = {"num_warps": 8, "num_stages": 1}
+"""Of the matrices of maps of any length: single elements are not worth a copy ahead, whose addresses take registers."""
 
 
 @triton.jit
@@ -229,6 +231,10 @@ def _positions(maps: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(f.shape[2:].numel() for f in maps)
 
 
+def _options(align: int) -> dict[str, int]:
+    return OPTIONS if align > 1 else ODD_OPTIONS
+
+
 def _contiguous(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(f.contiguous() for f in maps)
 
@@ -280,7 +286,7 @@ def _multiply(
         alignment(_positions(teacher)),
         TILE,
         STEP,
-        **OPTIONS,
+        **_options(alignment([*_positions(student), *_positions(teacher)])),
     )
     return squares
 
@@ -412,4 +418,5 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
             # What reads no maps, only numbers per tile, is said to.
             what = "matrices" if kernel is flow_losses_kernel else f"maps={count}"
             label = f"{what} pairs={pairs} known={known} align={align} {TRITON_TYPES[dtype]}"
-            yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, OPTIONS)
+            options = _options(align) if kernel is flow_matrices_kernel else OPTIONS
+            yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, options)

@@ -117,8 +117,8 @@ def gram_sum_kernel(grams, partials, sizes, B, ALIGN: tl.constexpr, PIECE: tl.co
         i = row * BLOCK + tl.arange(0, BLOCK)[:, None]
         j = column * BLOCK + tl.arange(0, BLOCK)[None, :]
         mask = (i < B) & (j < B)
-        pieces = 0
-        before = 0
+        pieces = index * 0
+        before = index * 0
         for m in tl.static_range(len(sizes)):
             count = (sizes[m] + (PIECE - 1)) // PIECE
             pieces = tl.where(m == index, count, pieces)

@@ -75,6 +75,19 @@ def test_every_method_by_name(teacher: tiny_task.Network, name: str) -> None:
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters())
 
 
+@pytest.mark.parametrize("schedule", ["uniform", "travelling"])
+def test_losses_between_gram_matrices(schedule: str) -> None:
+    terms = {"sp": LossTerm(), "rkd": LossTerm(), "fsp": LossTerm()}
+    config = DistillConfig(terms, cross_entropy_weight=0.0, tap_weights=TapWeights(schedule, sigma=0.5, minimum=0.0))
+    objective, found = total_of(config, tiny_task.network(seed=9), tiny_task.network(), progress=1.0)
+    assert objective.tap_names("sp") == objective.tap_names("rkd") == ["layer1", "layer2"]
+    assert objective.tap_names("fsp") == ["layer1>layer2"]
+    share = torch.tensor([0.5, 0.5]) if schedule == "uniform" else torch.softmax(torch.tensor([-2.0, 0.0]), 0)
+    expected = found.terms["sp"] @ (3000 * share) + found.terms["rkd"] @ share + 50 * found.terms["fsp"].sum()
+    assert torch.allclose(found.total, expected, rtol=1e-5)
+    assert found.total > 0
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
 def test_tap_weights_travel(teacher: tiny_task.Network, progress: float) -> None:
     schedule = TapWeights("travelling", sigma=0.5, minimum=0.0)
