@@ -186,7 +186,7 @@ def test_teacher_is_measured_on_test_images_where_there_are_no_others(teacher: P
         (["train", "--dataset", "cifar10", "--model", "resnet8", "--data", "nowhere"], "nowhere"),
         (["train", "--dataset", "cifar10", "--model", "resnet8"], "CIFAR-10"),
         (["distill", *_DIGITS, "--teacher", "none.pt"], "no checkpoint at none.pt"),
-        (["distill", *_DIGITS, "--teacher", "none.pt", "--loss", "ta"], "unknown loss 'ta' (did you mean at?)"),
+        (["distill", *_DIGITS, "--teacher", "none.pt", "--loss", "rdk"], "unknown loss 'rdk' (did you mean rkd?)"),
         (["train", *_DIGITS, "--epochs", "0"], "epochs is 0; expected at least 1"),
         (["export", "nowhere", "--out", "x.pt2"], "there is no checkpoint at nowhere"),
     ],
