@@ -66,6 +66,7 @@ def test_the_stub_says_what_the_module_has(root, native):
     assert names == {name for name in dir(native) if not name.startswith("_")}
     for name in names & classes.keys():
         parts = [classes[name], *(classes[base.id] for base in classes[name].bases if base.id[0] == "_")]
-        functions = [item for part in parts for item in part.body if isinstance(item, ast.FunctionDef)]
-        methods = {function.name for function in functions} - {"__init__"}
-        assert methods == {item for item in vars(getattr(native, name)) if not item.startswith("_")}, name
+        items = [item for part in parts for item in part.body]
+        members = {item.name for item in items if isinstance(item, ast.FunctionDef)} - {"__init__"}
+        members |= {item.target.id for item in items if isinstance(item, ast.AnnAssign)}
+        assert members == {item for item in vars(getattr(native, name)) if not item.startswith("_")}, name
