@@ -8,6 +8,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._checks import check_choice, check_same_device
+from hyperfast.functional._maps import gradient_can_be_ahead
 from hyperfast.ops import cross_entropy_distillation as _op
 from hyperfast.ops._library import accumulator_dtype
 
@@ -74,7 +75,7 @@ def cross_entropy_distillation(
         if expected_grad.shape != (2,):
             raise ValueError(f"expected_grad is {list(expected_grad.shape)}; expected [2], one per loss")
         # A copy: whoever changes the weights before the backward pass shall get what they were.
-        ahead, dtype = _gradient_can_be_ahead(student_logits), accumulator_dtype(student_logits.dtype)
+        ahead, dtype = gradient_can_be_ahead([student_logits]), accumulator_dtype(student_logits.dtype)
         expected_grad = expected_grad.detach().to("cpu", dtype, copy=True) if ahead else None
     losses: Tensor = _op.cross_entropy_distillation(student_logits, teacher_logits, labels, *options, expected_grad)[0]
     return losses
@@ -116,15 +117,3 @@ def _of_one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return student, teacher
     dtype = accumulator_dtype(student.dtype)
     return student.to(dtype), teacher.to(dtype)
-
-
-def _gradient_can_be_ahead(student: Tensor) -> bool:
-    """Whether the backward pass may compare numbers: on the CPU, and not while a graph is traced."""
-    return (
-        student.requires_grad
-        and torch.is_grad_enabled()
-        and current_backend() in (Backend.AUTO, Backend.CPU)
-        and not torch.compiler.is_compiling()
-        and student.device.type == "cpu"
-        and type(student) in (Tensor, torch.nn.Parameter)
-    )

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
-from hyperfast.ops import _native
+from hyperfast.ops import _native, _taps
 from hyperfast.ops._library import accumulator_dtype, differentiate, register
 
 _DIVERGENCES = {name: code for code, name in enumerate(reference.DIVERGENCES)}
-_CACHE_BYTES = 1 << 24  # a larger gradient is written past the caches
 _OPTIONS = "float temperature, str mode, float label_smoothing, int ignore_index"
 
 
@@ -86,10 +85,6 @@ def _work(student: Tensor, teacher: Tensor | None) -> int:
     return student.numel() * (1 if teacher is None else 2)
 
 
-def _is_large(student: Tensor) -> bool:
-    return student.numel() * student.element_size() > _CACHE_BYTES
-
-
 def _native_forward(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +98,7 @@ def _native_forward(
     gradient = logits.new_empty(0)
     if grad is not None:
         gradient = _native.empty_like(logits)
-        params.set_backward(grad.data_ptr(), gradient.data_ptr(), _is_large(logits))
+        params.set_backward(grad.data_ptr(), gradient.data_ptr(), _taps.past_caches([logits]))
     ticket = scratch[-1:].data_ptr()
     _native.launch("cross_entropy_distillation_forward", params, logits, _work(logits, teacher), ticket)
     return losses, statistics, gradient if grad is None else _strided_as(gradient, student)
@@ -115,7 +110,7 @@ def _native_backward(
     logits, teacher, labels, statistics, grad = _contiguous(student, teacher, labels, statistics, grad)
     gradient = _native.empty_like(logits)
     params = _params(logits, teacher, labels, statistics, *options)
-    params.set_backward(grad.data_ptr(), gradient.data_ptr(), _is_large(logits))
+    params.set_backward(grad.data_ptr(), gradient.data_ptr(), _taps.past_caches([logits]))
     _native.launch("cross_entropy_distillation_backward", params, logits, _work(logits, teacher))
     return _strided_as(gradient, student)
 
