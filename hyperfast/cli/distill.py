@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from hyperfast.cli.network import Network, load_trained
-from hyperfast.cli.options import DataOptions, HypernetOptions, Repeated, TrainOptions, key_values
+from hyperfast.cli.options import DataOptions, DistillOptions, HypernetOptions, Repeated, TrainOptions, key_values
 from hyperfast.cli.session import announce, describe, open_folder, options, percent, summarise
-from hyperfast.cli.suggest import nearest
 from hyperfast.data import DeviceLoader
-from hyperfast.recipes import METHODS, DistillConfig, LossTerm, TapWeights, TrainConfig, distill, evaluate
+from hyperfast.recipes import TrainConfig, distill, evaluate
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
     from hyperfast.data import ImageSet, Splits
-
-_KD_WEIGHT = 1.0
 
 
 class Teacher(NamedTuple):
@@ -41,10 +37,12 @@ class Distill:
         model: of the student; see "hyperfast train --help".
         teacher: trained weights: a safetensors file, a state dict of torch.save, or the folder that "hyperfast train"
             wrote. Where the file names mean and std of its images, they are used for student and teacher.
-        loss: at (attention transfer, weight 1000), ab (activation boundary, weight 10; for --at activations), cwd
-            (channel-wise distillation, weight 3), fitnets (squared difference over the teacher's variance, weight 1),
-            ft (factor transfer's distance between the maps themselves, weight 200) or kd (softened logits, weight 1),
-            with another weight as at=200 or kd=0.9; may be given several times. Default: at.
+        loss: what the student follows the teacher by; may be given several times. at=200 has another weight, ab@0:0.3
+            counts in the first 30 % of the training. At the stages: at (attention transfer, weight 1000, the
+            default), cwd (channel-wise distillation, 3), fitnets (squared difference over the teacher's variance, 1),
+            fsp (flow of solution, 50), ft (factor transfer, 200), sp (similarity preserving, 3000). At the activations:
+            ab (activation boundary, 10), fmd (NeRN's feature maps, 1). At the embedding: rkd (relational, 1). And
+            jacobian (gradients of the logits by the images, 20), kd (softened logits, 1).
         teacher_model: of the teacher. Default: that of --model, or what the run's own notes say.
         teacher_option: option of the teacher, such as shortcut=B or width=32; may be given several times. By default
             shortcut, width and channels of ResNets and VGGs are seen from the weights.
@@ -53,12 +51,7 @@ class Distill:
             same model, the student's options are by default those of the teacher.
         hypernetize: generate the student's weights from a hypernetwork; --no-hypernetize trains an ordinary student.
         hypernet: options of the hypernetwork.
-        cross_entropy_weight: weight of the labels; 0 leaves them out.
-        temperature: of the softened logits.
-        at: where the feature maps are read: stages (the default), activations, or a glob over module paths; may be
-            given several times.
-        teacher_at: the same for a teacher whose modules have other names.
-        tap_schedule: shares of the feature maps in a loss: uniform, or travelling (from the first to the last).
+        comparison: how it follows it.
         training: settings of the training.
         out: folder of the run. Default: runs/distill-DATASET-MODEL, numbered where that holds a run with other
             settings. A run that is there already, with the same settings, is gone on with.
@@ -76,11 +69,7 @@ class Distill:
     option: Repeated = ()
     hypernetize: bool = True
     hypernet: HypernetOptions = field(default_factory=HypernetOptions)
-    cross_entropy_weight: float = 1.0
-    temperature: float = 4.0
-    at: Repeated = ()
-    teacher_at: Repeated = ()
-    tap_schedule: Literal["uniform", "travelling"] = "uniform"
+    comparison: DistillOptions = field(default_factory=DistillOptions)
     training: TrainOptions = field(default_factory=TrainOptions)
     out: Path | None = None
     resume: bool = False
@@ -103,7 +92,7 @@ as in "hyperfast train"."""
     def run(self, console: Console) -> None:
         """Measure the teacher, train the student, and print the table."""
         config = self.training.for_data(self.images)
-        distillation = self._distillation()
+        distillation = self.comparison.config(self.loss or ("at",))
         splits = self.images.load()
         spec, teacher = self._teacher(splits)
         _check_fits(spec, splits)
@@ -138,19 +127,6 @@ as in "hyperfast train"."""
             accuracies["test"] = _accuracy(teacher.model, splits.test, config)
         summarise(result, folder, console, {f"teacher, {name} accuracy": share for name, share in accuracies.items()})
 
-    def _distillation(self) -> DistillConfig:
-        weights = parse_losses(self.loss or ("at",))
-        kd = weights.pop("kd", 0.0)
-        return DistillConfig(
-            losses={name: LossTerm(weight) for name, weight in weights.items()},
-            cross_entropy_weight=self.cross_entropy_weight,
-            kd_weight=_KD_WEIGHT if kd is None else kd,
-            temperature=self.temperature,
-            at=_taps(self.at or ("stages",)),
-            teacher_at=_taps(self.teacher_at) if self.teacher_at else None,
-            tap_weights=TapWeights(self.tap_schedule),
-        )
-
     def _teacher(self, splits: Splits) -> tuple[Network, Teacher]:
         """Build the teacher from its file, or from the run that it is part of."""
         given = {} if self.shortcut is None else {"shortcut": self.shortcut}
@@ -176,30 +152,6 @@ as in "hyperfast train"."""
         hypernet = self.hypernet if self.hypernetize else None
         # As many logits as the teacher has, so that they can be compared.
         return Network(self.model, max(teacher.classes, len(splits.train.classes)), model_options, hypernet)
-
-
-def parse_losses(given: tuple[str, ...]) -> dict[str, float | None]:
-    """`("at", "kd=0.9")` as `{"at": None, "kd": 0.9}`; None is the default weight.
-
-    Raises:
-        ValueError: an unknown name, a name given twice, a weight that is no positive number.
-    """
-    known = (*METHODS, "kd")
-    weights: dict[str, float | None] = {}
-    for entry in given:
-        name, separator, weight = entry.partition("=")
-        if name not in known:
-            raise ValueError(f"unknown loss {name!r}{nearest(name, known)}; choose from {', '.join(known)}")
-        try:
-            weights[name] = float(weight) if separator else None
-        except ValueError:
-            raise ValueError(f"--loss {entry!r}: the weight {weight!r} is no number; write {name}=0.5") from None
-        if separator and not 0 < (weights[name] or 0.0) < float("inf"):
-            raise ValueError(f"--loss {entry!r}: the weight must be a positive number")
-    twice = [name for name, count in Counter(entry.partition("=")[0] for entry in given).items() if count > 1]
-    if twice:
-        raise ValueError(f"--loss {twice[0]} is given more than once")
-    return weights
 
 
 def measure_teacher(teacher: nn.Module, splits: Splits, config: TrainConfig) -> tuple[str, float]:
@@ -239,10 +191,6 @@ def _accuracy(teacher: nn.Module, images: ImageSet, config: TrainConfig) -> floa
     device = config.torch_device()
     loader = DeviceLoader(images, config.batch_size, device=device, train=False)
     return evaluate(teacher.to(device), loader.epoch(), device, config.amp).accuracy
-
-
-def _taps(at: tuple[str, ...]) -> str | list[str]:
-    return at[0] if len(at) == 1 else list(at)
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -104,6 +104,7 @@ class DeviceLoader:
         # (x / 255 - mean) / std in one multiplication and one addition.
         self._scale = (1 / (255 * std)).to(device, torch.float32)
         self._shift = (-mean / std).to(device, torch.float32)
+        self._drawn: tuple[int, _Plan] | None = None
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -129,6 +130,13 @@ class DeviceLoader:
             raise ValueError(f"start_batch is {start_batch}; an epoch has {len(self)} batches")
         return self._train_batches(epoch, start_batch) if self.train else self._plain_batches(start_batch)
 
+    def indices(self, epoch: int, batch: int) -> Tensor:
+        """Which images of the set a batch of an epoch has, int64 `[B]` on the device."""
+        part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        if self.train:
+            return self._plan(epoch).order[part]
+        return torch.arange(len(self.image_set), device=self.image_set.images.device)[part]
+
     def _slices(self, start_batch: int) -> Iterator[slice]:
         for batch in range(start_batch, len(self)):
             yield slice(batch * self.batch_size, (batch + 1) * self.batch_size)
@@ -147,6 +155,11 @@ class DeviceLoader:
             yield self._normalised(images), self.image_set.labels.index_select(0, chosen)
 
     def _plan(self, epoch: int) -> _Plan:
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self._draw(epoch)
+        return self._drawn[1]
+
+    def _draw(self, epoch: int) -> _Plan:
         device, count = self.image_set.images.device, len(self.image_set)
         generator = torch.Generator(device).manual_seed(_seed_of(self.seed, epoch))
         order = torch.randperm(count, generator=generator, device=device)

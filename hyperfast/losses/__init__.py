@@ -4,6 +4,7 @@ from hyperfast.losses.activation_boundary import ActivationBoundary
 from hyperfast.losses.attention_transfer import AttentionTransfer
 from hyperfast.losses.base import CompressedTeacherLoss, FeatureLoss
 from hyperfast.losses.channel_wise_distillation import ChannelWiseDistillation
+from hyperfast.losses.connectors import Connector
 from hyperfast.losses.factor_transfer import FactorTransfer, Paraphraser, Translator
 from hyperfast.losses.feature_map_distillation import FeatureMapDistillation
 from hyperfast.losses.fitnets import FitNets
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionTransfer",
     "ChannelWiseDistillation",
     "CompressedTeacherLoss",
+    "Connector",
     "CrossEntropyDistillation",
     "FactorTransfer",
     "FeatureLoss",

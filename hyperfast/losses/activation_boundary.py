@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hyperfast import functional
-from hyperfast.losses.base import FeatureLoss, Weights
+from hyperfast.losses.base import CompressedTeacherLoss, Features, Weights, feature_maps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _OFFICIAL_SCALE = 3 / 1000
 
 
-class ActivationBoundary(FeatureLoss):
+class ActivationBoundary(CompressedTeacherLoss):
     r"""The student's neurons are active where the teacher's are, by a margin.
 
     With t = 1 where :math:`F_t > 0`, else -1, over the E elements of a map of B samples:
@@ -39,7 +39,7 @@ class ActivationBoundary(FeatureLoss):
 
     Shape:
         Pre-activation maps `[B, ...]`, float16 to float64, student's and teacher's of one shape; or the teacher's
-        packed by `functional.pack_signs`. Result: a scalar, float32 (float64 for float64 maps).
+        packed by `compress`, one bit per element. Result: a scalar, float32 (float64 for float64 maps).
 
     Notes:
         Tap the inputs of the activations. After them the student cannot get below zero: each of its inactive elements
@@ -62,6 +62,8 @@ class ActivationBoundary(FeatureLoss):
     first. The ImageNet variant there has 1/1000 for 3/1000.
     """
 
+    per_sample = True
+
     def __init__(
         self,
         margin: float = 1.0,
@@ -83,6 +85,16 @@ class ActivationBoundary(FeatureLoss):
             student, teacher, margin=self.margin, reduction=self.reduction, expected_grad=expected_grad
         )
         return losses
+
+    def per_tap_of_statistics(
+        self, student: Sequence[Tensor], statistics: Sequence[Tensor], expected_grad: Tensor
+    ) -> Tensor:
+        """Losses `[L]` of all taps, in one launch."""
+        return self.per_tap(student, statistics, expected_grad)
+
+    def compress(self, teacher: Features) -> list[Tensor]:
+        """Where the teacher is active, uint8 `[B, ceil(M / 8)]` per tap (`functional.pack_signs`)."""
+        return functional.pack_signs(feature_maps(teacher))
 
     def default_weights(self, count: int) -> list[float]:
         """A mean, or the halves."""

@@ -69,6 +69,8 @@ class FeatureLoss(nn.Module, ABC):
         last: the unweighted losses `[L]` of the last forward, detached and still on the device: reading them to a log
             is what waits, and is left to the caller.
         last_names: the taps they belong to, or whatever else there is one loss for (`loss_names`).
+        last_weights: :math:`\beta \lambda_l` `[L]` of the last forward, on the device.
+        warned: names of the taps of which it was said that they contribute nothing; each is named once.
     """
 
     def __init__(self, weights: Weights | None = None, beta: float = 1.0) -> None:
@@ -76,6 +78,8 @@ class FeatureLoss(nn.Module, ABC):
         self.weights, self.beta = weights, beta
         self.last: Tensor | None = None
         self.last_names: list[str] = []
+        self.last_weights: Tensor | None = None
+        self.warned: set[str] = set()
         self._resolved: tuple[object, Tensor] | None = None
 
     @abstractmethod
@@ -108,7 +112,7 @@ class FeatureLoss(nn.Module, ABC):
         names = self.loss_names(taps)
         weights = self._resolve(names, like)
         losses = per_tap(weights)
-        self.last, self.last_names = losses.detach(), names
+        self.last, self.last_names, self.last_weights = losses.detach(), names, weights.detach()
         return (losses * weights).sum()
 
     def _resolve(self, names: list[str], like: Tensor) -> Tensor:
@@ -136,7 +140,14 @@ class CompressedTeacherLoss(FeatureLoss):
     """A `FeatureLoss` that needs little of the teacher's maps, and takes that instead: `loss(maps, statistics=s)`.
 
     Where the images of a batch come again unchanged, the teacher runs once: `s = loss.compress(teacher_maps)`.
+
+    Attributes:
+        per_sample: whether each sample's part of the statistics is that of the sample alone, so that they can be stored
+            and put together to other batches; else they are those of the batch as a whole. Of a loss with `per_sample`,
+            `compress` returns a list of tensors whose first axis is the batch.
     """
+
+    per_sample = False
 
     @abstractmethod
     def compress(self, teacher: Features) -> Any:

@@ -91,7 +91,7 @@ class Paraphraser(nn.Module):
         Each convolution has a bias and a LeakyReLU of slope 0.1 behind it, also the last one. There is no batch norm,
         as in the official code; Knowledge-Distillation-Zoo has some.
 
-    Source: arXiv 1802.04977; Jangho-Kim/Factor-Transfer-pytorch. `hyperfast.recipes.pretrain_paraphraser` trains it.
+    Source: arXiv 1802.04977; Jangho-Kim/Factor-Transfer-pytorch. `hyperfast.recipes.pretrain_paraphrasers` trains it.
     """
 
     def __init__(self, channels: int, k: float = 0.5) -> None:

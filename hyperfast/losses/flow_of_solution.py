@@ -51,6 +51,8 @@ class FlowOfSolution(CompressedTeacherLoss):
     `hyperfast.functional.flow_of_solution`.
     """
 
+    per_sample = True
+
     def __init__(
         self,
         pairs: Pairs | None = None,

@@ -5,10 +5,11 @@ from hyperfast.recipes.checkpoint import Checkpoint
 from hyperfast.recipes.compress import CompressResult, RoundRecord, compress, continuation
 from hyperfast.recipes.compress_config import CompressConfig, GuideConfig
 from hyperfast.recipes.config import TrainConfig
-from hyperfast.recipes.distill import METHODS, Distillation, DistillConfig, LossTerm, Method, distill
+from hyperfast.recipes.distill import Distillation, distill
+from hyperfast.recipes.distill_config import METHODS, DistillConfig, LossTerm, Method
 from hyperfast.recipes.evaluation import Evaluation, evaluate
 from hyperfast.recipes.objective import CrossEntropy, Objective, StepLosses
-from hyperfast.recipes.paraphraser import pretrain_paraphraser
+from hyperfast.recipes.paraphraser import pretrain_paraphrasers
 from hyperfast.recipes.predictor_storage import fake_quantized
 from hyperfast.recipes.result import EpochRecord, TrainResult
 from hyperfast.recipes.schedules import TapWeights, cosine_with_warmup
@@ -47,6 +48,6 @@ __all__ = [
     "evaluate",
     "fake_quantized",
     "fit",
-    "pretrain_paraphraser",
+    "pretrain_paraphrasers",
     "train",
 ]

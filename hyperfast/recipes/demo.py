@@ -25,7 +25,8 @@ import hyperfast
 from hyperfast import data, env_report, models
 from hyperfast.analysis import Curve, Report, attention_maps, curves_svg
 from hyperfast.recipes.config import TrainConfig
-from hyperfast.recipes.distill import DistillConfig, LossTerm, distill
+from hyperfast.recipes.distill import distill
+from hyperfast.recipes.distill_config import DistillConfig, LossTerm
 from hyperfast.recipes.progress import Update, progress_bar
 from hyperfast.recipes.training import train
 

@@ -12,40 +12,44 @@ Means: TypeAlias = "dict[str, list[float]]"
 
 
 class Meter:
-    """Means over steps of named values, scalars or vectors `[L]`; the device is waited for only in `read`."""
+    """Means over steps of named values, scalars or vectors `[L]`; the device is waited for only in `read`.
+
+    Attributes:
+        steps: counted since the last `read`, by name: a value need not come in every step.
+    """
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count one step. Every step must bring the same names and shapes until the next `read`."""
-        self.steps += 1
+        """Count one step. A name must have one shape until the next `read`."""
         for name, value in values.items():
             value = value.detach().float().reshape(-1)
             if name in self._sums:
                 self._sums[name] += value
             else:
                 self._sums[name] = value.clone()
+            self.steps[name] = self.steps.get(name, 0) + 1
 
     def read(self) -> Means:
         """The means since the last `read`, as lists; starts anew. One transfer to the host."""
         if not self._sums:
             return {}
-        names, sums = list(self._sums), list(self._sums.values())
-        flat = (torch.cat(sums) / self.steps).tolist()
-        means: Means = {}
-        for name, values in zip(names, sums, strict=True):
-            means[name], flat = flat[: len(values)], flat[len(values) :]
+        means = {name: total / self.steps[name] for name, total in self._sums.items()}
+        flat = torch.cat(list(means.values())).tolist()
+        read: Means = {}
+        for name, values in means.items():
+            read[name], flat = flat[: len(values)], flat[len(values) :]
         self._sums.clear()
-        self.steps = 0
-        return means
+        self.steps.clear()
+        return read
 
     def state(self) -> dict[str, Tensor]:
         """The sums, for a checkpoint; `steps` is stored beside them."""
         return dict(self._sums)
 
-    def restore(self, sums: Mapping[str, Tensor], steps: int, device: torch.device) -> None:
+    def restore(self, sums: Mapping[str, Tensor], steps: Mapping[str, int], device: torch.device) -> None:
         """Continue from `state`."""
         self._sums = {name: value.to(device, copy=True) for name, value in sums.items()}
-        self.steps = steps
+        self.steps = dict(steps)

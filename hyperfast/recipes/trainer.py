@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,6 +120,12 @@ class Trainer:
         """The model that is validated, selected, tested and saved: the average where there is one."""
         return self.model if self.average is None else self.average.module
 
+    def prepare(self, *, resumed: bool, progress: bool = False) -> None:
+        """Let the objective learn and compute ahead what it has to; what it learned is saved at once."""
+        self.trained.train()
+        if self.objective.prepare(self.train_loader, resumed=resumed, progress=progress):
+            self.save()
+
     def run(self, progress: bool = False, tensorboard: bool = False) -> TrainResult:
         """Train from where the run stands to its end."""
         with ExitStack() as stack:
@@ -145,7 +151,7 @@ class Trainer:
         for images, labels in self.train_loader.epoch(state.epoch, state.batch):
             step = state.step + 1
             logged = step % config.log_every == 0 or state.batch + 1 == len(self.train_loader)
-            self._step(images, labels, logged)
+            self._step(images, labels, self.train_loader.indices(state.epoch, state.batch), logged)
             state.step, state.batch = step, state.batch + 1
             if logged:
                 self._log()
@@ -159,12 +165,12 @@ class Trainer:
                 with self.stopwatch.paused():
                     self.save()
 
-    def _step(self, images: Tensor, labels: Tensor, logged: bool) -> None:
+    def _step(self, images: Tensor, labels: Tensor, indices: Tensor, logged: bool) -> None:
         """One optimiser step. Nothing here waits for the device (but fp16's loss scaling may)."""
         set_lr(self.optimizer, self._lr_factor(self.state.step))
         with autocast(self.device, self.config.amp):
             progress = self.state.step / max(1, self.total_steps - 1)
-            losses = self.objective(self._logits, images, labels, progress)
+            losses = self.objective(self._logits, images, labels, progress, indices=indices, measure=logged)
         torch.autograd.backward(self.scaler.scale(losses.total))
         self.scaler.unscale_(self.optimizer)
         self._clip(logged)
@@ -198,7 +204,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Read the means of the interval (the device is waited for here) and write a line."""
-        state, steps, means = self.state, self.meter.steps, self.meter.read()
+        state, steps, means = self.state, self.meter.steps.get("loss", 0), self.meter.read()
         self._require_finite("loss", math.isfinite(means["loss"][0]))
         for name in state.sums:
             state.sums[name] += means[name][0] * steps
@@ -213,8 +219,13 @@ class Trainer:
                 "grad_norm": None if self.grad_norm is None else float(self.grad_norm),
                 "ms_per_step": lap,
                 **terms,
+                **{f"{name}_grad_norm": norms for name, norms in self._gradient_norms().items()},
             }
             self.metrics.write("train", state.step, line)
+
+    def _gradient_norms(self) -> Mapping[str, Mapping[str, float]]:
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        return self.objective.gradient_norms(scale, self.state.step)
 
     def _named(self, term: str, numbers: list[float]) -> Any:
         names = self.objective.tap_names(term)

@@ -90,10 +90,12 @@ def fit(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         trainer = Trainer(model, objective, data, config, folder, run.get("on_step"))
+        resumed, progress = saved is not None, run.get("progress", False)
         if saved is not None:
             trainer.restore(saved)
             del saved  # its tensors were copied
-        return trainer.run(run.get("progress", False), run.get("tensorboard", False))
+        trainer.prepare(resumed=resumed, progress=progress)
+        return trainer.run(progress, run.get("tensorboard", False))
 
 
 def _find_checkpoint(folder: Path, resume: bool) -> checkpoint.Checkpoint | None:

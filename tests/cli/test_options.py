@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import tyro
 from rich.console import Console
 
 from hyperfast import data, models, nn
-from hyperfast.cli.distill import parse_losses
 from hyperfast.cli.network import Network, Run, classes_in, options_in
-from hyperfast.cli.options import DataOptions, HypernetOptions, TrainOptions, key_values
+from hyperfast.cli.options import DataOptions, DistillOptions, HypernetOptions, TrainOptions, key_values, parse_losses
 from hyperfast.cli.session import open_folder
-from hyperfast.recipes import checkpoint
+from hyperfast.recipes import LossTerm, checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,56 @@ def test_key_without_value(given: str) -> None:
 
 
 def test_losses_with_and_without_weight() -> None:
-    assert parse_losses(("at", "kd=0.9")) == {"at": None, "kd": 0.9}
+    assert parse_losses(("at", "kd=0.9")) == {"at": LossTerm(), "kd": LossTerm(0.9)}
+
+
+def test_losses_in_a_part_of_the_training() -> None:
+    terms = parse_losses(("ab=5@0:0.3", "fsp@:0.5", "at@0.3:"))
+    assert terms == {
+        "ab": LossTerm(5.0, span=(0.0, 0.3)),
+        "fsp": LossTerm(span=(0.0, 0.5)),
+        "at": LossTerm(span=(0.3, 1.0)),
+    }
+
+
+def test_everything_about_a_distillation_reaches_its_settings() -> None:
+    options = DistillOptions(
+        cross_entropy_weight=0.5,
+        labels_from=0.25,
+        temperature=2.0,
+        taps=("layer1", "layer2"),
+        teacher_taps=("stages",),
+        tap_weight=("layer1=1", "layer2=0.5"),
+        connector="none",
+        pretrain_paraphraser=20.0,
+        cache_teacher=True,
+    )
+    config = options.config(("ft=3", "kd"))
+    weights = {"weights": {"layer1": 1.0, "layer2": 0.5}}
+    assert config.losses == {"ft": LossTerm(3.0, options=weights, connector="none")}
+    assert (config.cross_entropy_weight, config.labels_from, config.kd_weight, config.temperature) == (0.5, 0.25, 1, 2)
+    assert config.at == ["layer1", "layer2"] and config.teacher_at == "stages"
+    assert config.paraphraser_epochs == 20 and config.cache_teacher
+    assert DistillOptions(schedule="travelling").config(("at",)).tap_weights.schedule == "travelling"
+    assert DistillOptions().config(("kd=0.5",)).kd_weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("layer1",), "--tap-weight layer1: write NAME=WEIGHT, such as layer1=0.5"),
+        (("layer1=one",), "--tap-weight layer1=one: 'one' is no number"),
+    ],
+)
+def test_bad_tap_weights(given: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillOptions(tap_weight=given).config(("at",))
+
+
+@pytest.mark.parametrize("given", [["4", "8"], ["4,8"], ["4,", "8"]])
+def test_widths_with_spaces_and_with_commas(given: list[str]) -> None:
+    options = tyro.cli(HypernetOptions, args=["--hidden", *given], config=(tyro.conf.OmitArgPrefixes,))
+    assert options.hidden == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +95,12 @@ def test_losses_with_and_without_weight() -> None:
     [
         (
             ("att",),
-            r"unknown loss 'att' \(did you mean at\?\); choose from at, fsp, rkd, sp, ab, cwd, fitnets, ft, kd",
+            r"unknown loss 'att' \(did you mean at\?\); choose from at, ab, .*, sp, fmd, kd",
         ),
-        (("at=much",), r"--loss 'at=much': the weight 'much' is no number"),
+        (("at=much",), "--loss at=much: 'much' is no number"),
+        (("ab@0.3",), "--loss ab@0.3: '0.3' is no part of the training; write @0:0.3 for its first 30 %"),
+        (("ab@0.5:0.2",), r"span is \(0.5, 0.2\); expected two shares of the training, 0 <= from < to <= 1"),
+        (("kd@0:0.5",), "kd counts throughout"),
         (("at=0",), "must be a positive number"),
         (("at=nan",), "must be a positive number"),
         (("kd", "kd=2"), "--loss kd is given more than once"),

@@ -81,3 +81,25 @@ def test_bad_maps_are_named_by_tap():
 
 def test_repr_shows_the_options():
     assert repr(AttentionTransfer(p=1, mode="paper")) == "AttentionTransfer(p=1, mode='paper')"
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["code", "paper", "zoo"])
+def test_a_compressed_teacher_is_the_teacher(p, mode):
+    student = [torch.randn(3, c, 4, 4, dtype=torch.float64, requires_grad=True) for c in (5, 6)]
+    teacher = [torch.randn(3, c, 4, 4, dtype=torch.float64) for c in (7, 6)]
+    loss = AttentionTransfer(p=p, mode=mode)
+    known = loss.compress(teacher)
+    assert [list(attention.shape) for attention in known] == [[3, 1, 4, 4]] * 2 and loss.per_sample
+    expected, found = loss(student, teacher), loss(student, statistics=known)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, student), torch.autograd.grad(expected, student), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_compressed_teacher_of_half_precision_is_float32():
+    teacher = [torch.full((2, 4, 3, 3), 3e4, dtype=torch.float16)]
+    (known,) = AttentionTransfer().compress(teacher)
+    assert known.dtype == torch.float32 and known.isfinite().all()
+    student = [torch.randn(2, 4, 3, 3).half()]
+    assert AttentionTransfer()(student, statistics=[known]).isfinite()

@@ -70,7 +70,14 @@ def test_meter_gives_means_and_starts_anew() -> None:
     meter.add({"loss": torch.tensor(1.0), "at": torch.tensor([1.0, 2.0])})
     meter.add({"loss": torch.tensor(3.0), "at": torch.tensor([3.0, 6.0])})
     assert meter.read() == {"loss": [2.0], "at": [2.0, 4.0]}
-    assert meter.read() == {} and meter.steps == 0
+    assert meter.read() == {} and meter.steps == {}
+
+
+def test_meter_counts_by_name() -> None:
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0), "ab": torch.tensor(4.0)})
+    meter.add({"loss": torch.tensor(3.0)})
+    assert meter.read() == {"loss": [2.0], "ab": [4.0]}
 
 
 def test_meter_continues_from_its_state() -> None:
