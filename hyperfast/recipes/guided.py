@@ -165,6 +165,8 @@ class _Inputs:
         self._seed, self._device = config.seed, config.torch_device()
         self._epoch: tuple[int, Iterator[tuple[Tensor, Tensor]]] | None = None
         self._shape = (guide.batch_size, *(guide.image if data is None else data.train.images.shape[1:]))
+        # As the frozen teacher's weights are, and what a CPU convolves fastest.
+        self._channels_last = self._device.type == "cpu" and len(self._shape) == 4
         self._loader = None
         if not guide.noise:
             assert data is not None
@@ -175,6 +177,7 @@ class _Inputs:
                 train=True,
                 augment=guide.augment,
                 seed=config.seed,
+                channels_last=self._channels_last,
             )
         self._next = 0
 
@@ -186,7 +189,8 @@ class _Inputs:
         if self._loader is None:
             generator = torch.Generator(self._device).manual_seed((self._seed + 1) * 1_000_003 + step)
             noise = torch.rand(self._shape, generator=generator, device=self._device)
-            return noise.mul_(2).sub_(1)
+            noise = noise.mul_(2).sub_(1)
+            return noise.contiguous(memory_format=torch.channels_last) if self._channels_last else noise
         epoch, position = divmod(step, len(self._loader))
         if self._epoch is None or self._epoch[0] != epoch or step != self._next:
             self._epoch = epoch, self._loader.epoch(epoch, position)
