@@ -113,7 +113,7 @@ def curves_svg(
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
         for index, curve in enumerate(curves):
-            _draw(axes, curve, index)
+            _draw(axes, curve, index, faint=len(curves) > len(COLORS))
         if reference is not None:
             label, value = reference
             axes.axhline(value, color=_INK, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
@@ -360,10 +360,11 @@ def _look(index: int, *, marked: bool) -> dict[str, Any]:
     return {"color": COLORS[place], "linestyle": _STROKES[turn % len(_STROKES)], "marker": marker}
 
 
-def _draw(axes: Axes, curve: Curve, index: int) -> None:
+def _draw(axes: Axes, curve: Curve, index: int, *, faint: bool) -> None:
     mean, low, high = curve.band()
     epochs = range(1, len(mean) + 1)
-    axes.fill_between(epochs, low, high, color=COLORS[index % len(COLORS)], alpha=0.2, linewidth=0)
+    opacity = 0.08 if faint else 0.2  # many bands over one another hide the lines
+    axes.fill_between(epochs, low, high, color=COLORS[index % len(COLORS)], alpha=opacity, linewidth=0)
     axes.plot(epochs, mean, **_look(index, marked=len(mean) == 1), linewidth=2, label=curve.label)
 
 

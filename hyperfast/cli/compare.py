@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
+from rich.measure import Measurement
 
 from hyperfast.cli.distill import Distill, measure_teacher, parse_losses
 from hyperfast.cli.options import HypernetOptions, Repeated
@@ -14,7 +15,7 @@ from hyperfast.cli.session import announce, describe, percent
 from hyperfast.cli.suggest import nearest
 from hyperfast.nn.initialization import SCHEMES
 from hyperfast.recipes import METHODS, Comparison, compare
-from hyperfast.recipes.compare_report import PAGE, paired_table, table
+from hyperfast.recipes.compare_report import PAGE, failed, paired_table, table
 from hyperfast.recipes.comparison import RECORD, run_folder
 from hyperfast.recipes.seed_runs import terminal_table
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
+    from rich.table import Table
     from torch import nn
 
     from hyperfast.cli.network import Network
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 PLAIN, MIP = "plain", "mip"
 _WITHOUT_LABELS = "noce"
+_NO_LIMIT = 10_000  # columns
 # Where a student starts from; `mip` is the hypernetwork of the options.
 STARTS = (PLAIN, MIP, *(scheme for scheme in SCHEMES if scheme != HypernetOptions.init))
 LOSSES = (*METHODS, "kd")
@@ -225,15 +228,26 @@ def _say(run: ComparedRun, console: Console) -> None:
 
 
 def _print(comparison: Comparison, console: Console) -> None:
-    console.print(terminal_table(*table(comparison), title=f"{comparison.folder}"))
+    shown = _sized(console, *table(comparison), title=f"{comparison.folder}")
+    if shown.width is None:
+        shown = _sized(console, *table(comparison, brief=True), title=f"{comparison.folder}")
+    console.print(shown, crop=False)
     baseline = comparison.baseline
     if baseline is not None and (pairs := comparison.paired(baseline)):
-        console.print(terminal_table(*paired_table(pairs), title=f"accuracy against {baseline}, seed by seed"))
-    for run in comparison.runs:
-        if run.state == "failed":
-            line = f"{run.method}, seed {run.seed}, has failed: {run.error}"
-            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        title = f"accuracy against {baseline}, seed by seed"
+        console.print(_sized(console, *paired_table(pairs), title=title), crop=False)
+    for runs, message in failed(comparison).items():
+        console.print(f"{runs} {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{comparison.folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _sized(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str | None]], title: str) -> Table:
+    """As wide as it would like to be, in a log or where the terminal has room for that."""
+    shown = terminal_table(columns, rows, title)
+    wanted = Measurement.get(console, console.options.update(max_width=_NO_LIMIT), shown).maximum
+    if not console.is_terminal or wanted <= console.width:
+        shown.width = wanted
+    return shown
 
 
 def _shortest(weight: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ _DECIMALS = 2
 _MIB = 2**20
 _ENVIRONMENT = ("hyperfast", "python", "torch", "triton", "processor", "cuda", "gpu", "backend", "environment")
 _ACCURACIES = {
-    "val_accuracy_best": "validation %,\nbest epoch",
-    "val_accuracy_last": "validation %,\nlast epoch",
+    "val_accuracy_best": "validation\u00a0%,\nbest epoch",
+    "val_accuracy_last": "validation\u00a0%,\nlast epoch",
     "test_accuracy_best": "test %,\nbest epoch",
     "test_accuracy_last": "test %,\nlast epoch",
 }
@@ -54,14 +55,16 @@ def write_results(comparison: Comparison) -> Path:
     return page(comparison).write(comparison.folder / PAGE)
 
 
-def table(comparison: Comparison) -> tuple[list[str], list[list[str | None]]]:
+def table(comparison: Comparison, brief: bool = False) -> tuple[list[str], list[list[str | None]]]:
     """Columns and rows of the table, the teacher first; accuracies are mean and standard deviation over the seeds.
 
-    Columns have line breaks where a terminal needs them.
+    Columns have line breaks where a terminal needs them; where it is narrow, `brief` leaves out the last epoch.
     """
     teacher = comparison.teacher
     known = {"val": teacher.validation, "test": teacher.test}
     accuracies = {field: name for field, name in _ACCURACIES.items() if known[field.split("_")[0]] is not None}
+    if brief:
+        accuracies = {field: name for field, name in accuracies.items() if field.endswith("best")}
     columns = ["method", "runs", *accuracies.values()]
     if comparison.target is not None:
         columns.append("epochs to\n95 % of\nteacher")
@@ -97,6 +100,17 @@ def paired_table(pairs: Sequence[PairedDifference]) -> tuple[list[str], list[lis
     return columns, rows
 
 
+def failed(comparison: Comparison) -> dict[str, str]:
+    """Why runs have failed: the first message of each method, under what failed."""
+    found: dict[str, str] = {}
+    for method in comparison.methods:
+        runs = [run for run in comparison.runs if run.method == method and run.state == "failed"]
+        if runs:
+            seeds = ", ".join(str(run.seed) for run in runs)
+            found[f"{method}, seed{'s' * (len(runs) > 1)} {seeds}"] = f"failed: {runs[0].error}"
+    return found
+
+
 def page(comparison: Comparison) -> Report:
     """The page about a comparison."""
     seeds = sorted({run.seed for run in comparison.runs})
@@ -105,14 +119,12 @@ def page(comparison: Comparison) -> Report:
     report = Report(
         f"Methods compared{f' on {model}' if model else ''}",
         f"{len(comparison.methods)} methods, seeds {', '.join(map(str, seeds))}: {states.count('finished')} of "
-        f"{len(states)} runs finished{_failed(states)}.",
+        f"{len(states)} runs finished.",
     )
     report.section("Results")
     report.table(*table(comparison), _caption(comparison))
-    failed = [(run.method, run.seed, run.error) for run in comparison.runs if run.state == "failed"]
-    if failed:
-        report.text("Runs that failed:")
-        report.facts({f"{method}, seed {seed}": error for method, seed, error in failed})
+    if failures := failed(comparison):
+        report.facts(failures)
     baseline = comparison.baseline
     if baseline is not None and (pairs := comparison.paired(baseline)):
         report.section(f"Against {baseline}, seed by seed")
@@ -130,7 +142,8 @@ def page(comparison: Comparison) -> Report:
         report.section("Accuracy and cost")
         _accuracy_and_cost(report, comparison, methods)
     report.section("Methods")
-    report.table(("method", "what is minimised"), [(name, _objective(m)) for name, m in comparison.methods.items()])
+    report.text("What each of them minimises, with its weights:")
+    report.facts({name: _objective(method) for name, method in comparison.methods.items()})
     report.section("Settings")
     report.facts({name: _flat_text(value) for name, value in comparison.settings.items()})
     report.section("Machine")
@@ -167,16 +180,16 @@ def _accuracy_and_cost(report: Report, comparison: Comparison, methods: Sequence
     if not any(reached.values()):
         return
     dots = dots_svg(reached, xlabel=f"{judged} accuracy", percent=True, reference=reference)
-    figures = [(dots, f"Accuracy on the {judged} images, weights of the best epoch. Dot: a seed; stroke: mean.")]
-    for field, scale, name in (("ms_per_step", 1, "ms per step"), ("peak_memory", _MIB, "peak memory, MiB")):
-        points = [
-            Line(name, [method.median(field) / scale], [sum(reached[name]) / len(reached[name])])
-            for method in methods
-            if reached[name := method.name]
-        ]
-        picture = lines_svg(points, xlabel=name, ylabel=f"{judged} accuracy", percent=True, reference=reference)
-        figures.append((picture, f"Mean accuracy against {name} (median of the seeds): up and to the left is better."))
-    report.figures(*figures)
+    points = [
+        Line(method.name, [method.median("ms_per_step")], [statistics.mean(reached[method.name])])
+        for method in methods
+        if reached[method.name]
+    ]
+    cost = lines_svg(points, xlabel="ms per step", ylabel=f"{judged} accuracy", percent=True, reference=reference)
+    report.figures(
+        (dots, f"Accuracy on the {judged} images, weights of the best epoch. Dot: a seed; stroke: their mean."),
+        (cost, "Mean accuracy against the time of a training step: up and to the left is better."),
+    )
 
 
 def _caption(comparison: Comparison) -> str:
@@ -219,13 +232,10 @@ def _run_row(comparison: Comparison, run: ComparedRun) -> dict[str, Any]:
 
 
 def _counts(comparison: Comparison, method: str) -> str:
-    """How many runs have finished, and what became of the others."""
+    """How many runs have finished, and of how many where that is not all."""
     states = [run.state for run in comparison.runs if run.method == method]
-    return f"{states.count('finished')}{_failed(states)}"
-
-
-def _failed(states: Sequence[str]) -> str:
-    return f", {states.count('failed')} failed" if "failed" in states else ""
+    finished = states.count("finished")
+    return f"{finished}" if finished == len(states) else f"{finished} of {len(states)}"
 
 
 def _median(runs: SeedRuns, field: str, scale: int, form: str) -> str | None:

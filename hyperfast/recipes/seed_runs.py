@@ -68,7 +68,8 @@ def terminal_table(columns: Sequence[str], rows: Sequence[Sequence[str | None]],
 
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        # Where it is narrow, the name of a method stays whole, and nothing is left out.
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index, overflow="fold")
     for row in rows:
         table.add_row(*("–" if cell is None else cell for cell in row))
     return table
