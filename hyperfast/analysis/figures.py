@@ -204,8 +204,9 @@ def dots_svg(
     """
     with _style():
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(6.4, 1.3 + 0.34 * max(4, len(groups))), layout="constrained")
+        figure = Figure(figsize=(6.4, max(3.4, 1.3 + 0.34 * len(groups))), layout="constrained")
         axes = figure.subplots()
         for index, values in enumerate(groups.values()):
             look = {**_look(index, marked=True), "linestyle": ""}
@@ -220,6 +221,8 @@ def dots_svg(
         axes.set_yticks(range(len(groups)), list(groups))
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.margins(x=0.06)
         axes.set_xlabel(xlabel)
         if percent:
             _percent_format(axes.xaxis)
@@ -329,13 +332,12 @@ def png_uri(image: Tensor, cmap: str = "magma") -> str:
 
 
 def require_matplotlib() -> None:
-    """Find out before hours of work, and not after them.
+    """Find out before hours of work, and not after them; what it takes of memory is then taken before any is measured.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    with _style():
-        pass
+    dots_svg({}, xlabel="")
 
 
 @contextlib.contextmanager

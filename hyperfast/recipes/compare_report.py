@@ -259,12 +259,16 @@ def _flat_text(value: Any) -> str:
     return ", ".join(f"{name} {leaf}".strip() for name, leaf in _leaves(value))
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{key}" if path else key)
     elif isinstance(value, list | tuple):
         if value:
-            yield path, " ".join(map(str, value))
+            yield path, " ".join(map(_short, value))
     elif value is not None:
-        yield path, value
+        yield path, _short(value)
