@@ -116,21 +116,24 @@ def compare(
     record.save()
     states = {run: record.state(*run).state for run in asked}
     pending = [run for run in asked if states[run] == "not finished" or (retry and states[run] == "failed")]
-    where = "before the first run"
-    try:
-        with progress_over_runs(progress, [steps] * len(pending)) as begin:
-            for index, (method, seed) in enumerate(pending):
-                where = f"in {method}, seed {seed}, after {len(asked) - len(pending) + index} of {len(asked)} runs"
-                run: RunOptions = {"on_step": begin(f"{method}, seed {seed}"), "tensorboard": tensorboard}
+    with progress_over_runs(progress, [steps] * len(pending)) as begin:
+        for index, (method, seed) in enumerate(pending):
+            run: RunOptions = {"on_step": begin(f"{method}, seed {seed}"), "tensorboard": tensorboard}
+            record.note(method, seed, None)
+            try:
                 error = _attempt(record, methods[method], student, teacher, data, config, (method, seed), run)
                 record.note(method, seed, error)
                 if on_run is not None:
                     on_run(record.state(method, seed))
                 if pending[index + 1 : index + 2] and pending[index + 1][1] != seed:
                     write_results(Comparison.load(folder))
-    except KeyboardInterrupt as interrupt:
-        write_results(Comparison.load(folder))
-        raise KeyboardInterrupt(f"stopped {where}; the same again goes on from there") from interrupt
+            except KeyboardInterrupt as interrupt:
+                write_results(Comparison.load(folder))
+                done = len(asked) - len(pending) + index
+                raise KeyboardInterrupt(
+                    f"stopped in {method}, seed {seed}, after {done} of {len(asked)} runs; the same again goes on from "
+                    "there"
+                ) from interrupt
     comparison = Comparison.load(folder)
     write_results(comparison)
     return comparison

@@ -180,7 +180,13 @@ def test_methods_and_seeds_can_be_added_and_failures_tried_again(teacher: nn.Mod
     assert made == ["kd-seed0"] and [*more.methods] == ["plain", "kd"]
     _, made = run(tmp_path, teacher, {"kd": DistillConfig({}, kd_weight=1.0), "plain": None})
     assert made == ["plain-seed0", "kd-seed1"]
-    last, made = run(tmp_path, teacher, {"plain": None}, retry=True)
+
+    def stops(method: str, seed: int) -> nn.Module:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="stopped in plain, seed 1, after 1 of 2 runs"):
+        run(tmp_path, teacher, {"plain": None}, student=stops, retry=True)
+    last, made = run(tmp_path, teacher, {"plain": None})
     assert made == ["plain-seed1"] and {run.state for run in last.runs} == {"finished"}
     assert [run.folder.name for run in last.runs] == ["plain-seed0", "kd-seed0", "plain-seed1", "kd-seed1"]
 
