@@ -23,6 +23,7 @@ def _no_network(url, dst):
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     if "digits" in page.read_text() and page.stem == "distillation":
         pytest.importorskip("sklearn")
+        pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
     torch.manual_seed(0)

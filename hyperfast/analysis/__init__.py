@@ -9,7 +9,17 @@ from hyperfast.analysis.answers import answers
 from hyperfast.analysis.attention import attention_maps
 from hyperfast.analysis.corruptions import CORRUPTIONS, corrupt
 from hyperfast.analysis.differences import layer_differences, rmse
-from hyperfast.analysis.figures import Curve, Line, curves_svg, lines_svg, png_uri, surface_svg, svg
+from hyperfast.analysis.figures import (
+    Curve,
+    Line,
+    curves_svg,
+    dots_svg,
+    lines_svg,
+    png_uri,
+    require_matplotlib,
+    surface_svg,
+    svg,
+)
 from hyperfast.analysis.interpolation import interpolation
 from hyperfast.analysis.landscape import Plane, landscape
 from hyperfast.analysis.network_report import network_report
@@ -31,6 +41,7 @@ __all__ = [
     "calibrate_epsilon",
     "corrupt",
     "curves_svg",
+    "dots_svg",
     "fgsm",
     "interpolation",
     "landscape",
@@ -43,6 +54,7 @@ __all__ = [
     "png_uri",
     "quantized_accuracy",
     "quantized_weights",
+    "require_matplotlib",
     "rmse",
     "s_ratio",
     "s_ratios",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -37,6 +38,11 @@ _STYLE: Any = {
     "text.color": _INK,
     "legend.frameon": False,
 }
+
+
+# Beyond as many lines as there are colours, another stroke and another marker tell them apart.
+_STROKES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_MARKERS = ("o", "D", "s", "^")
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def curves_svg(
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
         for index, curve in enumerate(curves):
-            _draw(axes, curve, COLORS[index % len(COLORS)])
+            _draw(axes, curve, index, faint=len(curves) > len(COLORS))
         if reference is not None:
             label, value = reference
             axes.axhline(value, color=_INK, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
@@ -121,8 +127,7 @@ def curves_svg(
             _percent(axes, *_reach(curves, reference))
         axes.grid(True, axis="y", color=_INK, alpha=0.12)
         axes.set_axisbelow(True)
-        # Above the axes, where it can hide no line.
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+        _legend(axes)
     return svg(figure)
 
 
@@ -157,10 +162,9 @@ def lines_svg(
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
         for index, line in enumerate(lines):
-            axes.plot(
-                line.x, line.y, color=COLORS[index % len(COLORS)], linewidth=1.8, marker="o", markersize=3.5,
-                label=line.label,
-            )  # fmt: skip
+            # A line of one value is a point.
+            size = 3.5 if len(line.x) > 1 else 7
+            axes.plot(line.x, line.y, **_look(index, marked=True), linewidth=1.8, markersize=size, label=line.label)
         if reference is not None:
             label, value = reference
             axes.axhline(value, color=_INK, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
@@ -176,7 +180,54 @@ def lines_svg(
             _percent(axes, min(finite, default=0.0), max(finite, default=1.0))
         axes.grid(True, axis="y", color=_INK, alpha=0.12)
         axes.set_axisbelow(True)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+        _legend(axes)
+    return svg(figure)
+
+
+def dots_svg(
+    groups: Mapping[str, Sequence[float]],
+    *,
+    xlabel: str,
+    percent: bool = False,
+    reference: tuple[str, float] | None = None,
+) -> str:
+    """A line of dots for each group, one dot per value, with a stroke at their mean, as SVG.
+
+    Args:
+        groups: values by name, from the top down; colours are those of `curves_svg`.
+        xlabel: what the values are.
+        percent: values are shares in [0, 1], shown in percent.
+        reference: label and value of a dashed vertical line.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=(6.4, max(3.4, 1.3 + 0.34 * len(groups))), layout="constrained")
+        axes = figure.subplots()
+        for index, values in enumerate(groups.values()):
+            look = {**_look(index, marked=True), "linestyle": ""}
+            axes.plot(values, [index] * len(values), **look, alpha=0.75, clip_on=False)
+            if values:
+                mean = sum(values) / len(values)
+                axes.plot([mean, mean], [index - 0.32, index + 0.32], color=look["color"], linewidth=2.2)
+        if reference is not None:
+            label, value = reference
+            axes.axvline(value, color=_INK, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.set_ylim(len(groups) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.margins(x=0.06)
+        axes.set_xlabel(xlabel)
+        if percent:
+            _percent_format(axes.xaxis)
+        axes.grid(True, axis="x", color=_INK, alpha=0.12)
+        axes.set_axisbelow(True)
     return svg(figure)
 
 
@@ -280,6 +331,15 @@ def png_uri(image: Tensor, cmap: str = "magma") -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def require_matplotlib() -> None:
+    """Find out before hours of work, and not after them; what it takes of memory is then taken before any is measured.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    dots_svg({}, xlabel="")
+
+
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
     """matplotlib's settings for a figure of a page; what the user's own are does not matter."""
@@ -295,11 +355,27 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _draw(axes: Axes, curve: Curve, color: str) -> None:
+def _look(index: int, *, marked: bool) -> dict[str, Any]:
+    """Colour, stroke and marker of a line by its position."""
+    turn, place = divmod(index, len(COLORS))
+    marker = _MARKERS[turn % len(_MARKERS)] if marked else ""
+    return {"color": COLORS[place], "linestyle": _STROKES[turn % len(_STROKES)], "marker": marker}
+
+
+def _draw(axes: Axes, curve: Curve, index: int, *, faint: bool) -> None:
     mean, low, high = curve.band()
     epochs = range(1, len(mean) + 1)
-    axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.plot(epochs, mean, color=color, linewidth=2, label=curve.label, marker="o" if len(mean) == 1 else "")
+    opacity = 0.08 if faint else 0.2  # many bands over one another hide the lines
+    axes.fill_between(epochs, low, high, color=COLORS[index % len(COLORS)], alpha=opacity, linewidth=0)
+    axes.plot(epochs, mean, **_look(index, marked=len(mean) == 1), linewidth=2, label=curve.label)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the axes, where it can hide no line; in as many columns as the labels leave room for."""
+    labels = axes.get_legend_handles_labels()[1]
+    widest = max(map(len, labels), default=0)
+    columns = 2 if len(labels) <= 6 else max(2, min(4, 64 // (widest + 6)))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
 def _logarithmic(axes: Axes, which: str) -> None:
@@ -324,8 +400,12 @@ def _reach(curves: Sequence[Curve], reference: tuple[str, float] | None) -> tupl
 
 def _percent(axes: Axes, low: float, top: float) -> None:
     """Percent, from a little below `low` to a little above `top`, within 0 and 100."""
-    from matplotlib.ticker import PercentFormatter
-
     margin = 0.06 * (top - low) + 1e-3
     axes.set_ylim(max(0.0, low - margin), min(1.005, top + margin))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %"))
+    _percent_format(axes.yaxis)
+
+
+def _percent_format(axis: Axis) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %"))

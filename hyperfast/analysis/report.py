@@ -33,8 +33,9 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 table.data { width: 100%; }
 .data th, .data td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-.data th { font-weight: 600; vertical-align: bottom; } .data td { white-space: nowrap; }
+.data th { font-weight: 600; vertical-align: bottom; white-space: pre-line; } .data td { white-space: nowrap; }
 .data tr > :first-child { text-align: left; padding-left: 0; }
+.wide { font-size: .9rem; } .wide th, .wide td { padding: .35rem .45rem; }
 @media (max-width: 40rem) { .data { font-size: .86rem; } .data th, .data td { padding: .35rem .4rem; } }
 figure { margin: 1rem 0; }
 figcaption { font-size: .88rem; max-width: 46rem; padding-top: .4rem; }
@@ -46,6 +47,8 @@ svg { width: 100%; height: auto; display: block; }
 .grid td { padding: .12rem; } .grid .first { padding-left: 1rem; }
 .grid img { display: block; width: 3.5rem; height: 3.5rem; image-rendering: pixelated; border-radius: .2rem; }
 """
+
+_MANY_COLUMNS = 8
 
 Cell = str | int | float | None
 
@@ -100,8 +103,9 @@ class Report:
             "<tr>" + "".join(f"<td>{'–' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
             for row in rows
         )
+        kind = "data wide" if len(columns) > _MANY_COLUMNS else "data"
         self._body.append(
-            f'<figure><div class="scroll"><table class="data"><thead><tr>{head}</tr></thead>'
+            f'<figure><div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>{_caption(caption)}</figure>"
         )
 

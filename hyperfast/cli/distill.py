@@ -93,18 +93,7 @@ as in "hyperfast train"."""
         """Measure the teacher, train the student, and print the table."""
         config = self.training.for_data(self.images)
         distillation = self.comparison.config(self.loss or ("at",))
-        splits = self.images.load()
-        spec, teacher = self._teacher(splits)
-        _check_fits(spec, splits)
-        if teacher.mean is not None and teacher.std is not None:
-            splits = splits.normalised(teacher.mean, teacher.std)
-            console.print(
-                f"images are normalised as the teacher's file says: mean {_short(teacher.mean)}, "
-                f"std {_short(teacher.std)}",
-                markup=False,
-                highlight=False,
-            )
-        network = self._student(spec, splits)
+        splits, spec, teacher, network = self._prepare(console)
         student = network.build(config.seed)
         judge, accuracy = measure_teacher(teacher.model, splits, config)
         console.print(f"teacher: {spec.model}, {percent(accuracy)} on the {judge} images", highlight=False)
@@ -126,6 +115,21 @@ as in "hyperfast train"."""
         if len(splits.test) and judge != "test":
             accuracies["test"] = _accuracy(teacher.model, splits.test, config)
         summarise(result, folder, console, {f"teacher, {name} accuracy": share for name, share in accuracies.items()})
+
+    def _prepare(self, console: Console) -> tuple[Splits, Network, Teacher, Network]:
+        """The images, the teacher's network, the teacher, the student's network."""
+        splits = self.images.load()
+        spec, teacher = self._teacher(splits)
+        _check_fits(spec, splits)
+        if teacher.mean is not None and teacher.std is not None:
+            splits = splits.normalised(teacher.mean, teacher.std)
+            console.print(
+                f"images are normalised as the teacher's file says: mean {_short(teacher.mean)}, "
+                f"std {_short(teacher.std)}",
+                markup=False,
+                highlight=False,
+            )
+        return splits, spec, teacher, self._student(spec, splits)
 
     def _teacher(self, splits: Splits) -> tuple[Network, Teacher]:
         """Build the teacher from its file, or from the run that it is part of."""

@@ -35,6 +35,7 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "train": _Command("train", "Train", "train a network on labels, as it is or with generated weights"),
     "distill": _Command("distill", "Distill", "train a student with generated weights, helped by a teacher"),
+    "compare": _Command("compare", "Compare", "methods of distillation, several seeds each: a table and a page"),
     "compress": _Command(
         "compress", "Compress", "make a trained network small: a predictor of its weights, in one file"
     ),

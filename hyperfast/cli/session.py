@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hyperfast.cli.network import RUN, Network, Run
 from hyperfast.recipes import CHECKPOINT
+from hyperfast.recipes.checkpoint import differences
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ def open_folder(run: Run, out: Path | None, default: str, resume: bool, console:
     if resume and not has_checkpoint:
         raise FileNotFoundError(f"there is no {CHECKPOINT} in {folder} to resume from; leave --resume out to start")
     if has_checkpoint:
-        changed = _differences(Run.load(folder).to_json(), run.to_json())
+        changed = differences(Run.load(folder).to_json(), run.to_json())
         if changed:
             raise ValueError(
                 f"{folder} holds a run with other settings: {'; '.join(changed[:5])}. Give the same settings to go on "
@@ -126,14 +127,7 @@ def _unused_or_same(run: Run, parent: Path, name: str) -> Path:
         folder = parent / (name if number == 1 else f"{name}-{number}")
         if not (folder / CHECKPOINT).exists():
             return folder
-        if (folder / RUN).exists() and not _differences(Run.load(folder).to_json(), run.to_json()):
+        if (folder / RUN).exists() and not differences(Run.load(folder).to_json(), run.to_json()):
             return folder
     raise AssertionError("itertools.count ends nowhere")
 
-
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """What differs between two JSON values, leaf by leaf."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        pairs = [(key, before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())]
-        return [text for key, b, n in pairs for text in _differences(b, n, f"{path}.{key}" if path else key)]
-    return [] if before == now else [f"{path} was {before!r} and is now {now!r}"]

@@ -1,7 +1,9 @@
-"""Training procedures: supervised training, distillation, and the files that they write."""
+"""Training procedures: supervised training, distillation, comparisons of methods, and the files that they write."""
 
 from hyperfast.recipes.artifact import Artifact
 from hyperfast.recipes.checkpoint import Checkpoint
+from hyperfast.recipes.compare import compare
+from hyperfast.recipes.comparison import ComparedRun, Comparison, PairedDifference
 from hyperfast.recipes.compress import CompressResult, RoundRecord, compress, continuation
 from hyperfast.recipes.compress_config import CompressConfig, GuideConfig
 from hyperfast.recipes.config import TrainConfig
@@ -22,6 +24,8 @@ __all__ = [
     "METHODS",
     "Artifact",
     "Checkpoint",
+    "ComparedRun",
+    "Comparison",
     "CompressConfig",
     "CompressResult",
     "CrossEntropy",
@@ -33,6 +37,7 @@ __all__ = [
     "LossTerm",
     "Method",
     "Objective",
+    "PairedDifference",
     "RoundRecord",
     "RunOptions",
     "SizeReport",
@@ -41,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "compare",
     "compress",
     "continuation",
     "cosine_with_warmup",

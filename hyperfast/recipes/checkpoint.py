@@ -161,6 +161,14 @@ def as_json(value: JSON) -> JSON:
     return restored
 
 
+def differences(before: JSON, now: JSON, path: str = "") -> list[str]:
+    """What differs between two JSON values, leaf by leaf: `"training.lr was 0.1 and is now 0.2"`."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        pairs = [(key, before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())]
+        return [text for key, b, n in pairs for text in differences(b, n, f"{path}.{key}" if path else key)]
+    return [] if before == now else [f"{path} was {before!r} and is now {now!r}"]
+
+
 def _header(metadata: Mapping[str, JSON] | None) -> dict[str, str]:
     return {_KEY: json.dumps({**(metadata or {}), "version": VERSION}, sort_keys=True)}
 

@@ -1,14 +1,16 @@
-"""What a run costs: time per step and peak memory."""
+"""What a run costs: time per step, peak memory, kernel launches."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import profiler
 
 
 class Stopwatch:
@@ -74,3 +76,41 @@ def peak_memory(device: torch.device) -> int:
         return 0
     # macOS counts bytes, the others kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class LaunchCounter:
+    """Counts the GPU kernels of one training step, copies and fills of memory apart. Give it to a run as `on_step`.
+
+    Args:
+        device: of the run; on a CPU nothing is counted.
+
+    Attributes:
+        launches: the count, from the batch to the optimiser's update; None before the step was made, and where torch's
+            profiler sees no kernels (it needs CUPTI).
+        steps: how many the run must have at least. The first ones choose algorithms and allocate.
+    """
+
+    steps = 6
+
+    def __init__(self, device: torch.device) -> None:
+        self.launches: int | None = None
+        self._device = device
+        self._profile: Any = None
+
+    def __call__(self, step: int) -> None:
+        """Start before the last step but one, and stop after it."""
+        if self._device.type != "cuda" or step not in (self.steps - 2, self.steps - 1):
+            return
+        torch.cuda.synchronize(self._device)
+        if step == self.steps - 2:
+            self._profile = profiler.profile(activities=[profiler.ProfilerActivity.CUDA])
+            self._profile.start()
+            return
+        self._profile.stop()
+        self.launches = kernels(self._profile.events()) or None
+        self._profile = None
+
+
+def kernels(events: Iterable[Any]) -> int:
+    """How many of a profiler's events are kernels on a GPU."""
+    return sum(event.device_type.name == "CUDA" and not event.name.startswith("Mem") for event in events)

@@ -10,7 +10,6 @@ and learning rate are the same for all three, the seed sets initialisation and o
 from __future__ import annotations
 
 import contextlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +22,12 @@ import torch.nn.functional as F
 
 import hyperfast
 from hyperfast import data, env_report, models
-from hyperfast.analysis import Curve, Report, attention_maps, curves_svg
+from hyperfast.analysis import Report, attention_maps, curves_svg
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill import distill
 from hyperfast.recipes.distill_config import DistillConfig, LossTerm
-from hyperfast.recipes.progress import Update, progress_bar
+from hyperfast.recipes.progress import OnStep, progress_over_runs
+from hyperfast.recipes.seed_runs import SeedRuns, mebibytes, terminal_table
 from hyperfast.recipes.training import train
 
 if TYPE_CHECKING:
@@ -76,42 +76,24 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class MethodRuns:
+class MethodRuns(SeedRuns):
     """The runs of one method.
 
     Attributes:
-        name: of the method.
-        results: one per seed.
         maps: attention maps of the first seed for all test images, by tap.
     """
 
-    name: str
-    results: Sequence[TrainResult]
     maps: Mapping[str, Tensor]
 
     def row(self, target: float) -> tuple[str, ...]:
         """The line of the table; `target` is the validation accuracy to be reached."""
-        accuracies = [100 * (result.test_accuracy_best or 0.0) for result in self.results]
-        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
-        memory = statistics.median(result.peak_memory for result in self.results)
         return (
             self.name,
-            f"{statistics.mean(accuracies):.1f}{spread} %",
-            self._epochs_to_reach(target),
-            f"{statistics.median(result.ms_per_step for result in self.results):.1f}",
-            f"{memory / 2**20:.0f} MiB",
+            f"{self.percent('test_accuracy_best')} %",
+            self.epochs_to_reach(target),
+            f"{self.median('ms_per_step'):.1f}",
+            mebibytes(self.median("peak_memory")),
         )
-
-    def curve(self, value: str) -> Curve:
-        """Field `value` of the records of all epochs."""
-        return Curve(self.name, [[getattr(record, value) for record in result.history] for result in self.results])
-
-    def _epochs_to_reach(self, target: float) -> str:
-        reached = [epoch for result in self.results if (epoch := result.epochs_to_reach(target)) is not None]
-        if not reached:
-            return "not reached"
-        some = "" if len(reached) == len(self.results) else f" ({len(reached)} of {len(self.results)} runs)"
-        return f"{statistics.mean(reached):.1f}{some}"
 
 
 def demo(config: DemoConfig | None = None, *, console: Console | None = None) -> list[MethodRuns]:
@@ -135,9 +117,11 @@ def demo(config: DemoConfig | None = None, *, console: Console | None = None) ->
     splits = data.load("digits", val_fraction=0.2)
     drawn, _ = data.stratified_split(splits.train.labels, min(config.train_images, len(splits.train)), seed=0)
     few = data.Splits(splits.train.subset(drawn), splits.val, splits.test)
-    with _one_thread(), _progress(config, splits, few, console.is_terminal) as step:
-        teacher, taught = _train_teacher(config, splits, step("teacher"))
-        runs = [taught, *_train_students(config, few, teacher, step)]
+    steps = [config.teacher_epochs * (len(splits.train) // _BATCH)]
+    steps += [config.epochs * (len(few.train) // _BATCH)] * (config.seeds * len(_METHODS))
+    with _one_thread(), progress_over_runs(console.is_terminal, steps) as begin:
+        teacher, taught = _train_teacher(config, splits, begin("teacher"))
+        runs = [taught, *_train_students(config, few, teacher, begin)]
         environment = env_report.collect()
     target = 0.95 * (taught.results[0].val_accuracy_best or 0.0)
     rows = [method.row(target) for method in runs]
@@ -158,7 +142,7 @@ def _train_config(epochs: int, seed: int) -> TrainConfig:
 
 
 def _train_teacher(
-    config: DemoConfig, splits: data.Splits, on_step: Callable[[int], object]
+    config: DemoConfig, splits: data.Splits, on_step: OnStep
 ) -> tuple[nn.Module, MethodRuns]:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -168,7 +152,7 @@ def _train_teacher(
 
 
 def _train_students(
-    config: DemoConfig, splits: data.Splits, teacher: nn.Module, step: Callable[[str], Callable[[int], object]]
+    config: DemoConfig, splits: data.Splits, teacher: nn.Module, begin: Callable[[str], OnStep]
 ) -> list[MethodRuns]:
     results: dict[str, list[TrainResult]] = {name: [] for name in _METHODS}
     maps: dict[str, Mapping[str, Tensor]] = {}
@@ -178,7 +162,7 @@ def _train_students(
             with torch.random.fork_rng([]):
                 torch.manual_seed(seed)
                 student = hyperfast.hypernetize(_network())
-            settings, on_step = _train_config(config.epochs, seed), step(f"{name}, seed {seed}")
+            settings, on_step = _train_config(config.epochs, seed), begin(f"{name}, seed {seed}")
             if distillation is None:
                 result = train(student, splits, settings, on_step=on_step)
             else:
@@ -207,32 +191,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def _progress(
-    config: DemoConfig, splits: data.Splits, few: data.Splits, wanted: bool
-) -> Iterator[Callable[[str], Callable[[int], object]]]:
-    """One bar over all runs. Yields a function that makes the callback of the next run, given its name."""
-    teacher = config.teacher_epochs * (len(splits.train) // _BATCH)
-    student = config.epochs * (len(few.train) // _BATCH)
-    starts = iter([0, *(teacher + student * run for run in range(config.seeds * len(_METHODS)))])
-
-    def callback(show: Update, name: str) -> Callable[[int], object]:
-        start = next(starts)
-        return lambda step: show(start + step, name)
-
-    with progress_bar(wanted, teacher + student * config.seeds * len(_METHODS)) as show:
-        yield lambda name: callback(show, name)
-
-
 def _print(console: Console, rows: Sequence[Sequence[str]], page: Path, seconds: float) -> None:
-    from rich.table import Table
-
-    table = Table()
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == _COLUMNS[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(terminal_table(_COLUMNS, rows))
     console.print(f"{page} has the curves and the attention maps ({seconds:.0f} s)", highlight=False, soft_wrap=True)
 
 

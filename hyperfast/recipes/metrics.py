@@ -13,6 +13,21 @@ from typing import Any, TypeAlias
 Metrics: TypeAlias = "Mapping[str, float | int | str | Metrics | None]"
 
 
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `folder/metrics.jsonl`, up to one that was cut off; none where there is no such file."""
+    path = folder / METRICS
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
 class MetricsWriter:
     """Appends one JSON object per line to `metrics.jsonl`; every line is handed to the system at once.
 
@@ -31,7 +46,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, position: int = 0, step: int = 0, tensorboard: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self._file = self.path.open("ab")
         # Not beyond the end: that would fill the gap with zero bytes if the file was removed since.
         self._file.truncate(min(position, self.path.stat().st_size))

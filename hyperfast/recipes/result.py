@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from torch import Tensor
+
+from hyperfast.recipes.metrics import read_metrics
+
+# Fields of a result that its line of metrics has as they are.
+_IN_METRICS = ("best_epoch", "test_accuracy_best", "test_accuracy_last", "steps", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,23 @@ class TrainResult:
     lap_ms: tuple[float, ...]
     peak_memory: int
     best_weights: Mapping[str, Tensor] = field(repr=False, compare=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainResult | None:
+        """The result of a finished run from its `metrics.jsonl`, without the weights; None of an unfinished one."""
+        lines = read_metrics(folder)
+        ends = [line for line in lines if line["kind"] == "result"]
+        if not ends:
+            return None
+        names = [field.name for field in fields(EpochRecord)]
+        epochs = [line for line in lines if line["kind"] == "epoch"]
+        laps = [line["ms_per_step"] for line in lines if line["kind"] == "train"]
+        return cls(
+            history=tuple(EpochRecord(**{name: line[name] for name in names}) for line in epochs),
+            lap_ms=tuple(lap for lap in laps if lap is not None),
+            best_weights={},
+            **{name: ends[-1][name] for name in _IN_METRICS},
+        )
 
     @property
     def val_accuracy_best(self) -> float | None:

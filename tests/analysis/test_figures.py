@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from hyperfast.analysis import Curve, Line, curves_svg, lines_svg, png_uri, surface_svg
+from hyperfast.analysis import Curve, Line, curves_svg, dots_svg, lines_svg, png_uri, require_matplotlib, surface_svg
 
 pytest.importorskip("matplotlib")
 
@@ -62,6 +63,23 @@ def test_lines_over_any_x() -> None:
     assert {"1", "2"} <= layers and not layers & {"1.2", "1.5", "1.50"}
     with pytest.raises(ValueError, match="line 'a' has 2 places but 1 values"):
         Line("a", [1, 2], [1.0])
+
+
+def test_dots_stand_beside_their_names() -> None:
+    groups = {"first": [0.5, 0.75], "none": [], "third <&>": [0.9]}
+    drawn = dots_svg(groups, xlabel="accuracy", percent=True, reference=("teacher", 0.95))
+    shown = _shown(drawn)
+    assert {"first", "none", "third <&>", "accuracy", "teacher"} <= shown
+    assert any(label and label.endswith(" %") for label in shown)
+    assert drawn == dots_svg(groups, xlabel="accuracy", percent=True, reference=("teacher", 0.95))
+    assert dots_svg({}, xlabel="accuracy").startswith("<svg")
+
+
+def test_more_lines_than_colours_are_told_apart_by_their_strokes() -> None:
+    names = [f"line {index}" for index in range(20)]
+    drawn = curves_svg([Curve(name, [[1.0, 2.0]]) for name in names], ylabel="loss")
+    looks = re.findall(r'fill: none; (?:stroke-dasharray: [^;]*; [^"]*)?stroke: #[0-9a-f]{6}[^"]*', drawn)
+    assert len(set(looks)) >= len(names) and set(names) <= _shown(drawn)
 
 
 @pytest.mark.parametrize("value", [0.06, 0.0, 1e-9, 3.0])
@@ -116,3 +134,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hyperfast\[demo\]'"):
         curves_svg([Curve("a", [[1.0]])], ylabel="loss")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hyperfast\[demo\]'"):
+        require_matplotlib()

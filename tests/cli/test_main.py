@@ -27,6 +27,7 @@ def _help(capsys: pytest.CaptureFixture[str], command: str) -> str:
     [
         ("train", ["--dataset", "--hypernetize", "--epochs", "hyperfast train --dataset digits"]),
         ("distill", ["--teacher", "--loss", "weight 1000", "--no-hypernetize", "--loss at --epochs 3"]),
+        ("compare", ["--method", "noce:at+kd", "--seeds", "--temperature", "--retry", "--method hyperfan_in"]),
         (
             "compress",
             ["--hidden", "--phase2", "--rounds", "3 h^2 + 253 h + 9", "OUT.run", "hyperfast compress resnet20"],
@@ -54,7 +55,7 @@ def test_help_of_training_settings_says_units_and_defaults(capsys: pytest.Captur
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    commands = ("train", "distill", "compress", "export", "reconstruct", "analyze", "demo", "env")
+    commands = ("train", "distill", "compare", "compress", "export", "reconstruct", "analyze", "demo", "env")
     for command in commands:
         assert f"  {command}" in text
     assert main([]) == 2

@@ -29,17 +29,6 @@ _SMALL = ["--hidden", "4", "8"]
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a trained teacher; three epochs are enough to be better than guessing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("teacher")
-    assert main(["train", *_DIGITS, "--epochs", "3", "--batch-size", "32", "--out", str(folder)]) == 0
-    torch.set_num_threads(threads)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     assert main(_distill(teacher, folder)) == 0

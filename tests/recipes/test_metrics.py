@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hyperfast.recipes.meter import Meter
-from hyperfast.recipes.metrics import MetricsWriter
+from hyperfast.recipes.metrics import MetricsWriter, read_metrics
 
 
 def lines(folder: Path) -> list[dict[str, object]]:
@@ -63,6 +63,15 @@ def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hyperfast\[tensorboard\]'"):
         MetricsWriter(tmp_path, tensorboard=True)
+
+
+def test_reading_stops_at_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 1, {"loss": float("nan"), "at": {"layer1": 2.0}})
+    with writer.path.open("a") as file:
+        file.write('{"kind": "resu')
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1, "loss": None, "at": {"layer1": 2.0}}]
 
 
 def test_meter_gives_means_and_starts_anew() -> None:
