@@ -38,8 +38,9 @@ train(tiny_task.network(), data, settings, folder=folder / "whole")
 
 def run(folder: Path, kill_at: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(folder), str(kill_at)]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     # Waiting threads sleep: on a busy machine spinning ones would take the processor from those that work.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    environment["OMP_WAIT_POLICY"] = "passive"
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
 
 
