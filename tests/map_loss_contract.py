@@ -54,7 +54,9 @@ class MapLossContract:
         plain: (student, teacher, **options) -> losses, as the projects write it, in the dtype of the maps.
         cases: options of the public function; the first are its defaults.
         traced: those that the operation is traced and compiled with.
-        many, repeated, compiled, empty: shapes of maps; of `compiled` without the batch.
+        shapes: of maps.
+        accurate: shapes for the comparison of accuracies, if not these.
+        many, laid_out, repeated, differentiated, compiled, empty: shapes; of `compiled` without the batch.
         no_second_derivative: what the error says.
         scale: of the loss, where gradients are to be accurate in float16.
         scale_of_1e4: of the loss, where float16 maps are as large as 1e4.
@@ -66,7 +68,7 @@ class MapLossContract:
     cases: ClassVar[Sequence[dict[str, Any]]] = ({},)
     traced: ClassVar[dict[str, Any]] = {}
     shapes: ClassVar[Shapes]
-    accurate: ClassVar[Shapes]
+    accurate: ClassVar[Shapes] = ()
     many: ClassVar[Shapes] = tuple((3, 3, 2 + i % 3, 2) for i in range(150))
     laid_out: ClassVar[Shapes] = ((4, 6, 8, 8), (4, 6, 8, 8))
     repeated: ClassVar[Shapes] = ((8, 33, 19, 17), (8, 64, 8, 8))
@@ -149,7 +151,7 @@ class MapLossContract:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_accuracy(self, backend, options, dtype):
-        students, teachers = self.maps(self.accurate, dtype)
+        students, teachers = self.maps(self.accurate or self.shapes, dtype)
         losses, gradients = with_gradients(self.operation, students, teachers, options, scale=self.scale)
         eager, eager_gradients = with_gradients(self.wide, students, teachers, options, scale=self.scale)
         exact_students, exact_teachers = [s.detach().double().requires_grad_() for s in students], teachers

@@ -34,7 +34,7 @@ class PairedContract(AheadContract):
     loss: ClassVar[PairedLoss]
     arguments: ClassVar[Callable[..., tuple[Any, ...]]]
     zero_for_equal_maps: ClassVar[bool] = True
-    shapes = accurate = SHAPES
+    shapes = SHAPES
     scale, scale_of_1e4 = 2.0**10, 2.0**-8
     late, late_narrow = 1e-14, (1e-6, 1e-2)
 
@@ -98,7 +98,7 @@ class PairedContract(AheadContract):
 
     def test_maps_of_two_shapes(self):
         (s, *_), (t, *_) = self.maps()
-        with pytest.raises(ValueError, match=r"tap 0: student map \[3, 2, 6, 7\], teacher map \[3, 5, 6, 7\]; "):
+        with pytest.raises(ValueError, match=r"tap 0: student map \[3, 2, 6, 7\], teacher map \[3, \d+, 6, 7\]; "):
             self.losses([s[:, :2]], [t], self.cases[0])
 
 
