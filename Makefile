@@ -55,9 +55,12 @@ endif
 build build-demo:  ## compile hyperfast._C in place, in an environment with everything the tests need
 	@log=$$(mktemp); $(RUN) setup.py -q build_ext --inplace >$$log 2>&1 || { cat $$log; exit 1; }; tail -n 1 $$log; rm -f $$log
 
+# One process of tests per core, where pytest-xdist is installed: with VENV=0 it may not be.
+PARALLEL = $(shell $(RUN) -c 'import xdist' 2>/dev/null && echo '--numprocesses logical --maxprocesses 16 --dist worksteal')
+
 test: build  ## run the tests: operations, packaging, ahead-of-time kernels, nvcc; then Triton's interpreter
-	$(PYTEST) $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter $(ARGS)
+	$(PYTEST) $(PARALLEL) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m interpreter $(ARGS)
 
 demo: build-demo  ## train on digits, print the table and write runs/demo/report.html
 	$(RUN) -m hyperfast.recipes.demo $(ARGS)

@@ -1,57 +1,47 @@
-"""Compiles one Triton kernel for one GPU, in a worker process that imports this file by name."""
+"""Compiles one form of a Triton kernel for one GPU, and reads off what it needs."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hyperfast.kernels.config import Configuration
 
 
 class Compiled(NamedTuple):
-    kernel: str
-    label: str
-    capability: int
-    warps: int
+    """Bytes of shared memory, stack and local memory; registers per thread; accesses of several elements at once."""
+
     registers: int
     stack: int
     local: int
     shared: int
     vector_loads: int
 
-    def __str__(self) -> str:
-        return f"sm_{self.capability} {self.kernel} [{self.label}]"
 
-
-def compile_kernel(module: str, dtype: str, index: int, capability: int, cache: str) -> Compiled:
-    """Compile one configuration in a worker process. It is named, not passed: kernels do not pickle."""
-    os.environ["TRITON_CACHE_DIR"] = cache
+def compile_kernel(form: Configuration, capability: int) -> Compiled:
+    """Nothing is taken from an earlier compilation, and nothing of this one is left."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernels = import_module(f"hyperfast.kernels.triton.{module}")
-    form = list(kernels.configurations(getattr(torch, dtype)))[index]
     source = ASTSource(form.kernel, form.signature, form.constants, dict(_aligned(form.signature)))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=form.options)
-    cubin = Path(cache) / f"{module}.{dtype}.{index}.{capability}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
+    with TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=form.options)
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        report = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
     usage = {name: int(re.search(rf"\b{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    cubin.unlink()
     return Compiled(
-        form.kernel.__name__,
-        form.label,
-        capability,
-        form.options["num_warps"],
         usage["REG"],
         usage["STACK"],
         usage["LOCAL"],

@@ -1,11 +1,16 @@
-"""What every test runs under: a fixed seed, and uninitialised memory full of NaN."""
+"""What every test runs under: a fixed seed, uninitialised memory full of NaN, one thread where processes share."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# One of several processes of tests has one core, and so have those that it starts. torch reads this when imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
-"""Assertions that several tests share. They are tested themselves, in test_helpers.py."""
+"""Values, surroundings and assertions that several tests share. They are tested themselves, in test_helpers.py."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 _BLOCK = 32  # elements
@@ -18,6 +21,17 @@ def golden(name: str = "feature_kd_and_hyperlight") -> dict[str, Tensor]:
     """Values computed with the peers' own code; see tests/golden/{name}.README.md."""
     with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """So many threads for torch and for the native operations, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_as_accurate(actual: Tensor, eager: Tensor, reference: Tensor, *, what: str = "result") -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_as_accurate, assert_no_zero_block, assert_same_direction, golden
+from helpers import assert_as_accurate, assert_no_zero_block, assert_same_direction, golden, on_threads
 
 
 @pytest.fixture
@@ -76,3 +76,11 @@ def test_golden_file_is_complete():
 
 def test_uninitialised_memory_is_poisoned():
     assert torch.empty(1000).isnan().all()
+
+
+def test_threads_are_as_many_as_before_even_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), on_threads(before + 2):
+        assert torch.get_num_threads() == before + 2
+        raise KeyError
+    assert torch.get_num_threads() == before

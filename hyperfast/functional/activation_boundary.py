@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
-from hyperfast.functional._taps import (
+from hyperfast.functional._maps import (
     check_batches,
     check_counts,
     check_map,
@@ -102,7 +102,7 @@ def _check_packed(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     check_counts(student, teacher)
     for index, (s, t) in enumerate(zip(student, teacher, strict=True)):
         check_map(f"student map {index}", s, 2, "[B, ...]")
-        check_batches(index, s, t)
+        check_batches({f"student map {index}": s, f"teacher map {index}": t})
         expected = [len(s), (s.shape[1:].numel() + 7) // 8]
         if list(t.shape) != expected:
             raise ValueError(

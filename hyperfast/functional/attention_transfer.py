@@ -9,8 +9,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._checks import check_choice
-from hyperfast.functional._maps import pooled
-from hyperfast.functional._taps import check_batches, check_counts, check_map, expectation, widened
+from hyperfast.functional._maps import check_counts, check_pair, expectation, pooled, widened
 from hyperfast.ops import attention_transfer as _op
 from hyperfast.reference.attention_transfer import MODES
 
@@ -77,9 +76,7 @@ def attention_transfer(
 def _matched_maps(index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """One pair of maps with equal spatial sizes; the larger is average-pooled, as RepDistiller does."""
     teacher = teacher.detach()
-    for name, features in (("student", student), ("teacher", teacher)):
-        check_map(f"{name} map {index}", features, 3, "[B, C, *spatial]")
-    check_batches(index, student, teacher)
+    check_pair(index, student, teacher, 3, "[B, C, *spatial]")
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher
     if student.ndim != teacher.ndim or student.ndim > 5:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
-from hyperfast.functional._taps import check_pairs, expectation, widened
+from hyperfast.functional._maps import check_pairs, expectation, widened
 from hyperfast.ops.channel_wise_distillation import loss as _op
 
 

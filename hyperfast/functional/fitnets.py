@@ -9,7 +9,7 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._checks import check_choice
-from hyperfast.functional._taps import check_pairs, check_reduction, expectation, widened
+from hyperfast.functional._maps import check_pairs, check_reduction, expectation, widened
 from hyperfast.ops.fitnets import loss as _op
 from hyperfast.reference.fitnets import NORMALIZATIONS
 

@@ -10,11 +10,10 @@ from torch import Tensor
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
 from hyperfast.functional._checks import check_choice
-from hyperfast.functional._maps import POOLS, check_maps, choose_teacher, gradient_can_be_ahead, pooled
+from hyperfast.functional._maps import POOLS, check_maps, choose_teacher, expectation, pooled
 from hyperfast.ops import flow_of_solution as _op
 from hyperfast.ops._library import without_autocast
 from hyperfast.reference.flow_of_solution import REDUCTIONS
-from hyperfast.reference.reduction import accumulator
 
 Pairs = Sequence[tuple[int, int]]
 _SHAPE = "[B, C, *spatial] with one to three spatial axes"
@@ -85,12 +84,7 @@ def flow_of_solution(
     if current_backend() is Backend.REFERENCE:
         exact: Tensor = without_autocast(reference.flow_of_solution)(*arguments)
         return exact
-    if expected_grad is not None:
-        if expected_grad.shape != (len(chosen),):
-            raise ValueError(f"expected_grad is {list(expected_grad.shape)}; expected [{len(chosen)}], one per pair")
-        # A copy: whoever changes the weights before the backward pass shall get what they were.
-        ahead = gradient_can_be_ahead(students[0])
-        expected_grad = expected_grad.detach().to("cpu", accumulator(students[0]), copy=True) if ahead else None
+    expected_grad = expectation(expected_grad, students[0], len(chosen), "pair")
     losses: Tensor = _op.flow_of_solution(*arguments, expected_grad)[0]
     return losses
 

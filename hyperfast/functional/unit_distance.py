@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, current_backend
-from hyperfast.functional._taps import check_pairs, check_reduction, expectation, widened
+from hyperfast.functional._maps import check_pairs, check_reduction, expectation, widened
 from hyperfast.ops.unit_distance import loss as _op
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import on_threads
 from operations import shapes
 from registry import NAMES, needs, operation
 from torch import Tensor
@@ -22,10 +23,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        yield
 
 
 @pytest.mark.parametrize("name", NAMES)

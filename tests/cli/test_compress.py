@@ -23,14 +23,6 @@ _DATA = ["--dataset", "digits", "--limit", "60"]
 _PHASE2 = ["--phase2", "kd", "--phase2-steps", "3", "--phase2-batch-size", "10"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def weights(path: Path, seed: int = 0, **options: Any) -> Path:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

@@ -235,11 +235,11 @@ def test_ctrl_c_leaves_a_checkpoint_to_export(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--epochs", "100000"], stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # of a busy machine
         while not (folder / "best.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 130, errors
@@ -247,5 +247,5 @@ def test_ctrl_c_leaves_a_checkpoint_to_export(tmp_path: Path) -> None:
     saved = checkpoint.load(folder / "checkpoint.safetensors")
     assert saved.metadata["kind"] == "training"
     export = [sys.executable, "-m", "hyperfast", "export", str(folder), "--out", str(tmp_path / "m.pt2")]
-    done = subprocess.run(export, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(export, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr

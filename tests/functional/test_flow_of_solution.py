@@ -30,7 +30,7 @@ def maps(shapes=SHAPES):
         ),
         (lambda s, t: ([s[0][:, :, None, None], s[1]], t), r"a map is \[3, 5, 1, 1, 12, 13\]; expected"),
         (lambda s, t: (s, [t[0].long(), t[1]]), "teacher map 0 is torch.int64"),
-        (lambda s, t: (s, [t[0].to("meta"), t[1]]), "teacher map 0 is on meta, student map 0 on cpu"),
+        (lambda s, t: (s, [t[0].to("meta"), t[1]]), "student map 0 on cpu, teacher map 0 on meta"),
         (lambda s, t: ([s[0].flatten(2), s[1]], t), "taps 0 and 1: maps .* cannot be matched by pooling"),
     ],
 )

@@ -26,6 +26,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`options` of a test in a class runs through the `cases` of the class."""
-    if "options" in metafunc.fixturenames and hasattr(metafunc.cls, "cases"):
-        metafunc.parametrize("options", metafunc.cls.cases, ids=lambda options: "-".join(map(str, options.values())))
+    """`options` of a test in a class runs through the `cases` of the class, `batch` through its `batches`."""
+    for argument, attribute in (("options", "cases"), ("batch", "batches")):
+        if argument in metafunc.fixturenames and hasattr(metafunc.cls, attribute):
+            metafunc.parametrize(argument, getattr(metafunc.cls, attribute), ids=_identifier)
+
+
+def _identifier(value: int | dict[str, object]) -> str:
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers import golden
-from paired_contract import FORMATS, SHAPES, PairedContract, maps, with_gradients
+from map_loss_contract import FORMATS, with_gradients
+from paired_contract import SHAPES, PairedContract, maps
 
 from hyperfast import functional
 from hyperfast.ops.activation_boundary import loss
@@ -157,7 +158,7 @@ def test_opcheck_of_a_packed_teacher(backend):
             lambda s, p, t: (s, [p[0][:, 1:], p[1]]),
             r"tap 0: packed teacher \[3, 26\]; expected \[3, 27\] for a student",
         ),
-        (lambda s, p, t: (s, [p[0][:1], p[1]]), "tap 0: student batch 3, teacher batch 1"),
+        (lambda s, p, t: (s, [p[0][:1], p[1]]), "teacher map 0 has a batch of 1, student map 0 one of 3"),
         (lambda s, p, t: ([s[0].long(), s[1]], p), "student map 0 is torch.int64"),
     ],
 )

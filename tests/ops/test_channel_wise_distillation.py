@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from paired_contract import FORMATS, PairedContract, maps, with_gradients
+from map_loss_contract import FORMATS, with_gradients
+from paired_contract import PairedContract, maps
 
 from hyperfast import functional
 from hyperfast.ops.channel_wise_distillation import loss

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import on_threads
 from torch import Tensor
 
 import hyperfast
@@ -111,13 +112,10 @@ def test_native_code_and_pytorch_agree_to_the_last_tie(shape):
 def test_the_order_does_not_depend_on_the_number_of_threads():
     # The first is long enough that all threads search it together, the others are shared out.
     sets = [units(9000, 9), units(2, 500, 9), units(7, 9)]
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    found = []
+    for threads in (1, 2, 3):
+        with on_threads(threads):
             found.append(greedy_chain(sets))
-    finally:
-        torch.set_num_threads(before)
     for orders in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], orders, strict=True))
 

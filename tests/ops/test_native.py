@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import on_threads
 
 from hyperfast import functional
 from hyperfast.ops import _native
@@ -184,15 +185,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
     arguments = (torch.rand(1, 1, 12), [], [], head)
     grad = torch.randn(1, 30_011)
     options = (None, "cos|sin", "leaky_relu", 0.01)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with on_threads(threads):
             theta = torch.ops.hyperfast.generate(*arguments, theta0, *options)
             results.append([theta, *torch.ops.hyperfast.generate_backward(grad, *arguments, *options, True)])
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -206,14 +203,10 @@ def test_gram_losses_do_not_depend_on_the_number_of_threads(loss):
     shapes = (33, 20, 30, 31), (33, 17, 30, 31)
     students, teachers = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     students = [s.requires_grad_() for s in students]
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with on_threads(threads):
             losses = loss(students, teachers)
             results.append([losses.detach(), *torch.autograd.grad(losses.sum(), students)])
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

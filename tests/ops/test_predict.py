@@ -1,17 +1,13 @@
 """The contract of `hyperfast::predict` and `hyperfast::predict_squared_error`, on every backend."""
 
-import itertools
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_accurate
-from torch import nn
+from helpers import assert_as_accurate, golden, on_threads
+from predictors import assert_same, converted, gradients, network, plain, plain_error
 
-import hyperfast
 from hyperfast import functional
 from hyperfast.backends import use_backend
 from hyperfast.ops import _native
@@ -30,53 +26,6 @@ NATIVE_ACTIVATIONS = ("relu", "leaky_relu")
 WIDTHS = (1, 3, 17, 30, 140, 180, 300, 513)
 
 
-def network(
-    hidden=17, outputs=9, layers=5, counts=(3, 5, 7), levels=3, rows=50, fusion="concat", dtype=torch.float64, gain=1.0
-):
-    """Tables, indices, weights and biases of a predictor, and targets for it."""
-    embeddings = [functional.positional_embedding(n, 0.76, levels, dtype) for n in counts]
-    indices = torch.stack([torch.randint(n, (rows,)) for n in counts], 1)
-    width = 2 * levels * (len(counts) if fusion == "concat" else 1)
-    sizes = [width, *[hidden] * (layers - 1), outputs]
-    linear = [nn.Linear(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)]
-    weights = [(gain * m.weight.detach()).requires_grad_() for m in linear]
-    biases = [m.bias.detach().requires_grad_() for m in linear]
-    return (embeddings, indices, weights, biases), torch.randn(rows, outputs, dtype=dtype)
-
-
-def converted(arguments, dtype):
-    embeddings, indices, weights, biases = arguments
-    parameters = [[p.detach().to(dtype).requires_grad_() for p in group] for group in (weights, biases)]
-    return [e.to(dtype) for e in embeddings], indices, *parameters
-
-
-def plain(arguments, rows=None, fusion="concat", activation="relu"):
-    """NeRN's form: the embedding of every row, then linear layers."""
-    embeddings, indices, weights, biases = arguments
-    index = indices if rows is None else indices[rows]
-    parts = [e[index[:, j]] for j, e in enumerate(embeddings)]
-    x = torch.cat(parts, 1) if fusion == "concat" else sum(parts)
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        x = getattr(F, activation)(F.linear(x, weight, bias))
-    return F.linear(x, weights[-1], biases[-1])
-
-
-def plain_error(arguments, targets, element_weights=None, rows=None, **options):
-    squared = (plain(arguments, rows, **options) - (targets if rows is None else targets[rows])).square()
-    if element_weights is not None:
-        squared = squared * (element_weights if rows is None else element_weights[rows])
-    return squared.sum()
-
-
-def gradients(loss, arguments):
-    return torch.autograd.grad(loss, [*arguments[2], *arguments[3]])
-
-
-def assert_same(found, expected, rtol=1e-9):
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * max(1e-3, float(b.abs().max())))
-
-
 def operation(arguments, targets, element_weights=None, rows=None, fusion="concat", activation="relu"):
     """The registered operation itself; the public function leaves it out on the reference backend."""
     rest = (targets, element_weights, rows, fusion, activation, "fp32", True)
@@ -91,11 +40,6 @@ def skip_unless_native(backend, activation):
 # Golden values of NeRN's own code
 
 
-def nern():
-    with np.load(Path(__file__).parents[1] / "golden" / "nern.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
-
-
 def nern_parameters(values, prefix):
     names = [*(f"layers.{i}" for i in range(4)), "final_linear_layer"]
     return [[values[f"{prefix}.{name}.{part}"].requires_grad_() for name in names] for part in ("weight", "bias")]
@@ -106,7 +50,7 @@ def embedding_of(indices, tables):
 
 
 def test_golden_embeddings():
-    values = nern()
+    values = golden("nern")
     indices = values["A_indices"]
     tables = [functional.positional_embedding(512, 0.76, 40)] * 3
     torch.testing.assert_close(embedding_of(indices, tables), values["A_embedding"], rtol=0, atol=1e-7)
@@ -119,7 +63,7 @@ def test_golden_embeddings():
 
 
 def test_golden_predictions(backend):
-    values = nern()
+    values = golden("nern")
     tables = [functional.positional_embedding(512, 0.76, 40)] * 3
     arguments = (tables, values["A_indices"], *nern_parameters(values, "A_w"))
     found = functional.predict(*arguments).detach()
@@ -128,7 +72,7 @@ def test_golden_predictions(backend):
 
 
 def test_golden_fourier_features_are_one_table(backend):
-    values = nern()
+    values = golden("nern")
     weights, biases = nern_parameters(values, "A_w")
     rows = torch.arange(8)[:, None]
     found = functional.predict([values["E_ffn"]], rows, weights, biases)
@@ -138,7 +82,7 @@ def test_golden_fourier_features_are_one_table(backend):
 
 def nern_network():
     """The three layers of B: predictor, targets padded to 3x3 and the weights that crop them."""
-    values = nern()
+    values = golden("nern")
     layers = [values[f"B_target{i}"] for i in range(3)]
     grids = [torch.cartesian_prod(torch.tensor([i]), *map(torch.arange, t.shape[:2])) for i, t in enumerate(layers)]
     indices = torch.cat([grid.view(-1, 3) for grid in grids])
@@ -350,46 +294,14 @@ def test_bitwise_repeatable(backend):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_results_do_not_depend_on_the_number_of_threads(precision):
     arguments, targets = network(70, rows=2000, dtype=torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with use_backend("cpu"):
-                loss = functional.squared_error(*arguments, targets, precision=precision)
-                predictions = functional.predict(*arguments, precision=precision).detach()
-                results.append([predictions, loss, *gradients(loss, arguments)])
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3):
+        with on_threads(threads), use_backend("cpu"):
+            loss = functional.squared_error(*arguments, targets, precision=precision)
+            predictions = functional.predict(*arguments, precision=precision).detach()
+            results.append([predictions, loss, *gradients(loss, arguments)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.skipif(_native.missing() is not None, reason="the native module was not built")
-def test_explain_names_the_processors_bfloat16():
-    arguments, targets = network(dtype=torch.float32)
-    said = str(hyperfast.explain(lambda: functional.squared_error(*arguments, targets, precision="bf16")))
-    assert said.startswith("predict_squared_error: cpu")
-    has_products = _native.module().instruction_set() == "avx512bf16"
-    assert ("the processor multiplies no bfloat16" in said) is not has_products
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"activation": "gelu"}, "activation 'gelu'; the CPU kernels have 'relu', 'leaky_relu'"),
-        ({"rows": torch.zeros(0, dtype=torch.int64)}, "there are no rows to predict"),
-        ({"layers": 17}, "17 layers; the CPU kernels take up to 16"),
-        ({"counts": (2,) * 9}, "9 embeddings; the CPU kernels take up to 8"),
-    ],
-)
-@pytest.mark.skipif(_native.missing() is not None, reason="the native module was not built")
-def test_what_the_processors_kernels_leave_to_the_reference(change, reason):
-    options = {name: change.pop(name) for name in ("activation", "rows") if name in (change := dict(change))}
-    arguments, targets = network(**change)
-    loss = functional.squared_error(*arguments, targets, **options)
-    torch.testing.assert_close(loss, plain_error(arguments, targets, **options))
-    with use_backend("cpu"), pytest.raises(hyperfast.BackendUnavailable, match=reason):
-        functional.squared_error(*arguments, targets, **options)
 
 
 # Gradients
@@ -543,93 +455,6 @@ def test_nan_and_infinite_weights_show(backend):
         arguments[2][1][3, 5] = 0
         arguments[3][0][7] = -math.inf  # ReLU makes it zero
     torch.testing.assert_close(functional.predict(*arguments), plain(arguments))
-
-
-# Bad input
-
-
-@pytest.mark.skipif(_native.missing() is not None, reason="the native module was not built")
-@pytest.mark.parametrize(("row", "index"), [(0, 3), (49, -1), (20, 2**40)])
-def test_an_index_outside_its_table(row, index):
-    (embeddings, indices, weights, biases), targets = network()
-    indices[row, 0] = index
-    with use_backend("cpu"), pytest.raises(IndexError, match="an index of predict is outside its embedding table"):
-        functional.squared_error(embeddings, indices, weights, biases, targets)
-    rows = torch.tensor([1, 50])
-    with use_backend("cpu"), pytest.raises(IndexError, match="or a row outside indices"):
-        functional.predict(embeddings, indices, weights, biases, rows=rows)
-
-
-def changed(position, value):
-    def change(arguments):
-        arguments[position] = value(arguments[position]) if callable(value) else value
-        return arguments
-
-    return change
-
-
-def with_item(position, item, value):
-    def change(arguments):
-        arguments[position] = list(arguments[position])
-        arguments[position][item] = value(arguments[position][item])
-        return arguments
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (changed(0, []), "no embeddings were given"),
-        (with_item(0, 1, lambda e: e[:0]), r"embeddings\[1\] is \[0, 6\]; expected \[n, E\]"),
-        (changed(1, lambda i: i[:, :2]), r"indices is torch.int64 \[50, 2\]; expected int32 or int64 \[N, 3\]"),
-        (changed(1, lambda i: i.float()), "indices is torch.float32"),
-        (changed(1, lambda i: i[:0]), "indices has no rows; there is nothing to predict"),
-        (changed(3, lambda b: b[:2]), "5 weights but 2 biases"),
-        (lambda a: [a[0], a[1], a[2][:1], a[3][:1], a[4]], "1 layers; a predictor has at least two"),
-        (with_item(2, 0, lambda w: w[:, :6]), r"layer 0 has weight \[17, 6\] .* expected \[17, 18\] and \[17\]"),
-        (with_item(2, 0, lambda w: w[:0]), r"layer 0 has weight \[0, 18\] and bias \[17\]; .* at least one output"),
-        (with_item(2, 2, lambda w: w[:5]), r"layer 2 has weight \[5, 17\] .* expected \[17, 17\]"),
-        (with_item(2, 4, lambda w: w[:0]), r"layer 4 has weight \[0, 17\] .* expected \[K, 17\] and \[K\]"),
-        (with_item(2, 1, lambda w: w[0]), r"layer 1 has weight \[17\]"),
-        (with_item(3, 4, lambda b: b[:3]), r"layer 4 has weight \[9, 17\] and bias \[3\]"),
-        (with_item(2, 0, lambda w: w.bfloat16()), "weights are torch.bfloat16; keep them float32 .* precision='bf16'"),
-        (with_item(3, 1, lambda b: b.double()), r"biases\[1\] is torch.float64 but weights\[0\] is torch.float32"),
-        (with_item(0, 2, lambda e: e.double()), r"embeddings\[2\] is torch.float64 but weights\[0\] is torch.float32"),
-        (with_item(0, 0, lambda e: e.to("meta")), r"indices on cpu, embeddings\[0\] on meta"),
-        (changed(4, lambda t: t[:, :3]), r"targets is torch.float32 \[50, 3\]; expected torch.float32 \[50, 9\]"),
-        (changed(4, lambda t: t.double()), "targets is torch.float64"),
-        (changed(4, lambda t: t.to("meta")), "indices on cpu, targets on meta"),
-    ],
-)
-def test_bad_tensors(change, message):
-    arguments, targets = network(dtype=torch.float32)
-    with pytest.raises(ValueError, match=message):
-        functional.squared_error(*change([*arguments, targets]))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fusion": "product"}, "fusion is 'product'; choose one of 'concat', 'sum'"),
-        ({"activation": "tanh"}, "activation is 'tanh'; choose one of 'relu', 'leaky_relu', 'hardswish', 'gelu'"),
-        ({"precision": "fp16"}, "precision is 'fp16'; choose one of 'fp32', 'tf32', 'bf16'"),
-        ({"rows": torch.ones(3)}, r"rows is torch.float32 \[3\]; expected int64 \[R\]"),
-        ({"rows": torch.ones(3, 1, dtype=torch.int64)}, r"rows is torch.int64 \[3, 1\]"),
-        ({"element_weights": torch.ones(50)}, r"element_weights is torch.float32 \[50\]"),
-        ({"fusion": "sum"}, r"layer 0 has weight \[17, 18\] and bias \[17\]; expected \[17, 6\]"),
-    ],
-)
-def test_bad_options(options, message):
-    arguments, targets = network(dtype=torch.float32)
-    with pytest.raises(ValueError, match=message):
-        functional.squared_error(*arguments, targets, **options)
-
-
-def test_embeddings_of_unequal_width_cannot_be_added():
-    (embeddings, indices, weights, biases), _ = network()
-    with pytest.raises(ValueError, match=r"embeddings have \[6, 6, 2\] columns; fusion 'sum' adds them"):
-        functional.predict([*embeddings[:2], embeddings[2][:, :2]], indices, weights, biases, fusion="sum")
 
 
 def test_both_dispatchers_offer_the_same_backends():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, on_threads
 
 from hyperfast import functional
 from hyperfast.backends import explain, use_backend
@@ -161,14 +161,10 @@ def test_a_bad_gradient_shows_in_its_row_and_nowhere_else(backend, value):
 
 def test_bitwise_repeatable_on_any_number_of_threads(backend):
     parameters, gradients = problem([(300, 140), (70_001,), (3, 20_011)], torch.float32, steps=7)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 3):
+        with on_threads(threads):
             results.append(fused(parameters, gradients))
-    finally:
-        torch.set_num_threads(before)
     if backend.value == "reference":  # torch's own sums depend on it
         results = results[2:]
     for other in results[1:]:

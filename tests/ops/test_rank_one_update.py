@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, on_threads
 
 from hyperfast import functional
 from hyperfast.backends import use_backend
@@ -104,13 +104,12 @@ def test_accuracy(backend, kind, name, rows, hidden):
 @pytest.mark.parametrize(("kind", "name"), [("sgd", "momentum"), ("adam", "adam")])
 def test_repeatable_and_the_same_on_any_number_of_threads(backend, kind, name):
     arguments = problem(4500, 64, segments=3, dtype=torch.float32)
-    first, threads = fused(kind, name, *arguments), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert all(map(torch.equal, first, fused(kind, name, *arguments)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(map(torch.equal, first, fused(kind, name, *arguments)))
+    results = []
+    for threads in (3, 1, 3):
+        with on_threads(threads):
+            results.append(fused(kind, name, *arguments))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize(("kind", "name"), [("sgd", "momentum"), ("adam", "adamw")])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers import golden
-from paired_contract import PairedContract, maps, with_gradients
+from map_loss_contract import with_gradients
+from paired_contract import PairedContract, maps
 
 from hyperfast import functional
 from hyperfast.ops.unit_distance import loss

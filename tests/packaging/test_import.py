@@ -10,7 +10,7 @@ import pytest
 
 def run(code: str, **variables: str) -> str:
     finished = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, timeout=240
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.strip()

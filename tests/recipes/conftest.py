@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import on_threads
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -15,7 +15,5 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Networks this small run faster on one thread; test_resume.py uses as many as a user would."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        yield

@@ -9,6 +9,7 @@ import pytest
 import tiny_task
 import torch
 import torch.nn.functional as F
+from helpers import on_threads
 from torch import nn
 
 import hyperfast
@@ -25,9 +26,9 @@ class Crash(Exception):
 @pytest.fixture(scope="module")
 def teacher() -> tiny_task.Network:
     """Wider than the students, and good at the task."""
-    torch.set_num_threads(1)
     model = tiny_task.network(seed=9, width=12)
-    result = train(model, tiny_task.splits(), tiny_task.config(epochs=6))
+    with on_threads(1):
+        result = train(model, tiny_task.splits(), tiny_task.config(epochs=6))
     assert result.test_accuracy_last is not None and result.test_accuracy_last > 0.9
     return model
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_task
 import torch
 
 from hyperfast.recipes import CHECKPOINT, checkpoint
@@ -38,9 +38,8 @@ train(tiny_task.network(), data, settings, folder=folder / "whole")
 
 def run(folder: Path, kill_at: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(folder), str(kill_at)]
-    # Waiting threads sleep: on a busy machine spinning ones would take the processor from those that work.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    process = {"capture_output": True, "text": True, "timeout": 240, "env": tiny_task.environment()}
+    return subprocess.run(command, check=False, **process)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")

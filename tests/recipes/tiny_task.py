@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -46,6 +47,13 @@ def network(seed: int = 0, **options: Any) -> Network:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return Network(**options)
+
+
+def environment() -> dict[str, str]:
+    """That of a process with as many threads as a user would have, whatever those of the tests are."""
+    given = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # Waiting threads sleep: on a busy machine spinning ones would take the processor from those that work.
+    return {**given, "OMP_WAIT_POLICY": "passive"}
 
 
 def config(**changes: Any) -> TrainConfig:
