@@ -5,6 +5,7 @@
     python bench/plot.py --check         exit status 1 where README.md is not what --readme would write
 
 A table stands between two markers, `<!-- bench:generate-cpu -->` and `<!-- /bench -->`, named after its result file.
+`bench:losses-cpu` is one table of all losses.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from registry import NAMES, operation
 from store import Row, ratio
 
 _MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_LOSSES = ("attention_transfer", "activation_boundary", "channel_wise_distillation", "unit_distance", "fitnets")
+_LOSSES += ("flow_of_solution", "similarity_preserving", "relational_distance_angle", "cross_entropy_distillation")
 _OURS, _OTHERS = "#2a78d6", "#b9bec6"
 
 
@@ -62,6 +65,34 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n\n" + "\n\n".join(_footnotes(rows)) + "\n"
 
 
+def losses(results: Path, device: str) -> str:
+    """All losses in one table, a line per case. The first of the eager forms is that of the projects."""
+    header = ["loss", "case", "hyperfast, ms", "as projects write it", "best eager form", "torch.compile", "peak MiB"]
+    lines, measured = [f"| {' | '.join(header)} |", "|---|---|--:|--:|--:|--:|--:|"], []
+    for name in _LOSSES:
+        for (case, mode), rows in by_case(store.read(results / f"{name}-{device}.csv")).items():
+            eager = [row for row in rows if row["provider"].startswith("eager")]
+            if mode != "eager" or rows[0]["provider"] != store.OURS or not eager:
+                continue
+            best = min(eager, key=lambda row: float(row["median_ms"]))
+            compiled = next((row for row in rows if row["provider"] == "torch.compile"), None)
+            others = [_time_and_ratio(row, rows) for row in (eager[0], best, compiled)]
+            memory = f"{rows[0]['peak_mib']}, theirs {eager[0]['peak_mib']}"
+            title = operation(name).title.split(",")[0]
+            lines.append(f"| {' | '.join([title, case, '**' + rows[0]['median_ms'] + '**', *others, memory])} |")
+            measured += rows
+    if not measured:
+        return "Not measured yet.\n"
+    return "\n".join(lines) + "\n\n" + "\n\n".join(dict.fromkeys(_machine(row) + "." for row in measured)) + "\n"
+
+
+def _time_and_ratio(row: Row | None, rows: Sequence[Row]) -> str:
+    if row is None:
+        return ""
+    times = _ratio_text(row, rows)
+    return row["median_ms"] + (f" ({times}x)" if times else "")
+
+
 def _ratio_text(row: Row, rows: Sequence[Row]) -> str:
     found = ratio(row, rows)
     return "" if found is None or row["provider"] == store.OURS else f"{found:.2f}"
@@ -71,13 +102,19 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     """One line per machine and set of versions; ratios are within one run in any case."""
     notes = []
     for row in rows:
-        versions = f"torch {row['torch']}" + (f", CUDA {row['cuda']}" if row["cuda"] else "")
         notes.append(
-            f"{row['processor']}, {row['threads']} threads, {versions}, hyperfast {row['hyperfast']} "
-            f"({row['commit']}), {row['date'][:10]}; measured ceilings: copy {float(row['copy_gbps']):.1f} GB/s, "
+            f"{_machine(row)}; measured ceilings: copy {float(row['copy_gbps']):.1f} GB/s, "
             f"float32 matrix product {float(row['matmul_gflops']):.0f} GFLOP/s."
         )
     return list(dict.fromkeys(notes))
+
+
+def _machine(row: Row) -> str:
+    versions = f"torch {row['torch']}" + (f", CUDA {row['cuda']}" if row["cuda"] else "")
+    return (
+        f"{row['processor']}, {row['threads']} threads, {versions}, hyperfast {row['hyperfast']} "
+        f"({row['commit']}), {row['date'][:10]}"
+    )
 
 
 def fill(text: str, results: Path) -> str:
@@ -90,7 +127,9 @@ def fill(text: str, results: Path) -> str:
         )
 
     def table(match: re.Match[str]) -> str:
-        return match.group(1) + "\n" + markdown(store.read(results / f"{match.group(2)}.csv")) + "\n" + match.group(3)
+        kind, _, device = match.group(2).rpartition("-")
+        rows = losses(results, device) if kind == "losses" else markdown(store.read(results / f"{match.group(2)}.csv"))
+        return f"{match.group(1)}\n{rows}\n{match.group(3)}"
 
     return _MARKED.sub(table, text)
 

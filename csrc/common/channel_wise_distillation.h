@@ -8,6 +8,7 @@ namespace hyperfast {
 
 constexpr double kLargestProduct = 1e15;  // of Z_s / Z_t of some channels, each at most their positions
 constexpr int64_t kChannelBlock = 32;     // channels that a group of lanes takes at once, where they are innermost
+constexpr int64_t kShortRow = 64;         // positions
 
 // With a = (s - max s) / T, Z_s = sum exp(a), and b, Z_t the same of the teacher's:
 //   KL = sum exp(b) (b - a) / Z_t + log(Z_s / Z_t),    T dKL/ds = (exp(a) Z_t / Z_s - exp(b)) / Z_t.
@@ -43,21 +44,20 @@ struct ChannelWiseDistillation {
       });
     } else {
       const int64_t n = tap.length / tap.channels;
+      // Rows that are taken together keep their exponentials where one long row would.
+      constexpr int kTogether = Block::kShortRowsAtOnce;
+      static_assert(kTogether == 1 || kTogether * kShortRow <= Block::kKeptPositions);
+      const bool together = n <= kShortRow;
       A* kept = n <= Block::kKeptPositions ? scratch + kMostSums * groups : nullptr;
-      block.partition(0, tap.channels, [&](int64_t c, auto& lanes) {
-        A quotient;
-        const A linear = row(p, lanes, n, student + c * n, teacher + c * n, gradient ? gradient + c * n : nullptr, kept,
-                             sharpness, factor, quotient);
-        lanes.once([&] {
-          A* mine = scratch + 2 * lanes.index();
-          mine[0] += linear;
-          mine[1] *= quotient;
-          // A logarithm per channel would take as long as all else of a row of 4x4.
-          if (mine[1] > A(kLargestProduct) || mine[1] < A(1 / kLargestProduct)) {
-            mine[0] += std::log(mine[1]);
-            mine[1] = 1;
-          }
-        });
+      block.partition(0, (tap.channels - 1) / kTogether + 1, [&](int64_t part, auto& lanes) {
+        const int64_t first = part * kTogether, rest = tap.channels - first;
+        const Rows<T, A> of_part = {n, student, teacher, gradient, kept, sharpness, factor};
+        A* mine = scratch + 2 * lanes.index();
+        if (together && rest >= kTogether) {
+          divergences<kTogether>(p, lanes, of_part, first, mine);
+        } else {
+          for (int64_t c = 0; c < kTogether && c < rest; ++c) divergences<1>(p, lanes, of_part, first + c, mine);
+        }
       });
     }
     block.sync();
@@ -75,47 +75,89 @@ struct ChannelWiseDistillation {
   }
 
  private:
-  // The divergence of one channel, whose n positions are neighbours in memory, but for the logarithm of `quotient`.
-  // `kept`: room for the 2 n exponentials, or null.
-  template <class T, class Lanes, class A>
-  static HF_BODY A row(const Params& p, Lanes& lanes, int64_t n, const T* student, const T* teacher, T* gradient,
-                       A* kept, A sharpness, A factor, A& quotient) {
-    const A top_s = lanes.largest(n, [&](auto i) { return lanes.load_in_order(student, i); });
-    const A top_t = lanes.largest(n, [&](auto i) { return lanes.load_in_order(teacher, i); });
-    const A shift_s = -top_s * sharpness, shift_t = -top_t * sharpness;
-    A totals[3] = {0, 0, 0};
-    for (int64_t first = 0; first < n; first += kRun) {
-      A sums[3];
-      lanes.accumulate(n - first < kRun ? n - first : kRun, sums, [&](auto i, auto add) {
-        i.at += first;
-        const auto a = lanes.load(student, i) * sharpness + shift_s;
-        const auto b = lanes.load(teacher, i) * sharpness + shift_t;
-        const auto x = lanes.exp(a), y = lanes.exp(b);
-        if (kept) {
-          lanes.store(kept, i, x);
-          lanes.store(kept + n, i, y);
-        }
-        add(0, x);
-        add(1, y);
-        add(2, y * (b - a));
-      });
+  // Channels whose n positions are neighbours in memory. `kept`: room for the 2 n exponentials of those that are taken
+  // at once, or null.
+  template <class T, class A>
+  struct Rows {
+    int64_t n;
+    const T *student, *teacher;
+    T* gradient;
+    A* kept;
+    A sharpness, factor;
+  };
+
+  // Adds the divergences of R channels from `first` on to a sum, mine[0], and a product whose logarithm belongs to it.
+  // Every step is taken for all of them before the next: the last additions of one channel's sum wait for each other,
+  // and for a row of 4x4 they would take most of the time.
+  template <int R, class T, class Lanes, class A>
+  static HF_BODY void divergences(const Params& p, Lanes& lanes, const Rows<T, A>& rows, int64_t first, A* mine) {
+    const int64_t n = rows.n;
+    const A sharpness = rows.sharpness;
+    A shift_s[R], shift_t[R], totals[R][3];
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const T* student = rows.student + (first + r) * n;
+      const T* teacher = rows.teacher + (first + r) * n;
+      shift_s[r] = -lanes.largest(n, [&](auto i) { return lanes.load_in_order(student, i); }) * sharpness;
+      shift_t[r] = -lanes.largest(n, [&](auto i) { return lanes.load_in_order(teacher, i); }) * sharpness;
+    }
+    HF_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const T* student = rows.student + (first + r) * n;
+      const T* teacher = rows.teacher + (first + r) * n;
+      A* kept = rows.kept ? rows.kept + 2 * r * n : nullptr;
       HF_UNROLL
-      for (int r = 0; r < 3; ++r) totals[r] += sums[r];
+      for (int k = 0; k < 3; ++k) totals[r][k] = 0;
+      for (int64_t begin = 0; begin < n; begin += kRun) {
+        A sums[3];
+        lanes.accumulate(n - begin < kRun ? n - begin : kRun, sums, [&](auto i, auto add) {
+          i.at += begin;
+          const auto a = lanes.load(student, i) * sharpness + shift_s[r];
+          const auto b = lanes.load(teacher, i) * sharpness + shift_t[r];
+          const auto x = lanes.exp(a), y = lanes.exp(b);
+          if (kept) {
+            lanes.store(kept, i, x);
+            lanes.store(kept + n, i, y);
+          }
+          add(0, x);
+          add(1, y);
+          add(2, y * (b - a));
+        });
+        HF_UNROLL
+        for (int k = 0; k < 3; ++k) totals[r][k] += sums[k];
+      }
     }
-    if (gradient) {
-      const A ratio = totals[1] / totals[0], scale = factor / totals[1];
-      lanes.for_each(n, [&](auto i) {
-        if (kept) {
-          store_gradient(p, lanes, gradient, i, (lanes.load(kept, i) * ratio - lanes.load(kept + n, i)) * scale);
-        } else {
-          const auto a = lanes.load(student, i) * sharpness + shift_s;
-          const auto b = lanes.load(teacher, i) * sharpness + shift_t;
-          store_gradient(p, lanes, gradient, i, (lanes.exp(a) * ratio - lanes.exp(b)) * scale);
+    if (rows.gradient) {
+      HF_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const T* student = rows.student + (first + r) * n;
+        const T* teacher = rows.teacher + (first + r) * n;
+        T* gradient = rows.gradient + (first + r) * n;
+        const A* kept = rows.kept ? rows.kept + 2 * r * n : nullptr;
+        const A ratio = totals[r][1] / totals[r][0], scale = rows.factor / totals[r][1];
+        lanes.for_each(n, [&](auto i) {
+          if (kept) {
+            store_gradient(p, lanes, gradient, i, (lanes.load(kept, i) * ratio - lanes.load(kept + n, i)) * scale);
+          } else {
+            const auto a = lanes.load(student, i) * sharpness + shift_s[r];
+            const auto b = lanes.load(teacher, i) * sharpness + shift_t[r];
+            store_gradient(p, lanes, gradient, i, (lanes.exp(a) * ratio - lanes.exp(b)) * scale);
+          }
+        });
+      }
+    }
+    lanes.once([&] {
+      HF_UNROLL
+      for (int r = 0; r < R; ++r) {
+        mine[0] += totals[r][2] / totals[r][1];
+        mine[1] *= totals[r][0] / totals[r][1];
+        // A logarithm per channel would take as long as all else of a row of 4x4.
+        if (mine[1] > A(kLargestProduct) || mine[1] < A(1 / kLargestProduct)) {
+          mine[0] += std::log(mine[1]);
+          mine[1] = 1;
         }
-      });
-    }
-    quotient = totals[0] / totals[1];
-    return totals[2] / totals[1];
+      }
+    });
   }
 
   // Divergences of the channels i, with the channels innermost.

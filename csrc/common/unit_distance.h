@@ -35,7 +35,7 @@ struct UnitDistance {
 
     A sums[2];  // of |s - t ratio|^P, and of s times its slope
     block_sums(block, n, scratch, sums, [&](auto i, auto& lanes, auto add) {
-      const auto x = lanes.load_in_order(student, i), difference = x - lanes.load_in_order(teacher, i) * ratio;
+      const auto x = lanes.load(student, i), difference = x - lanes.load(teacher, i) * ratio;
       if constexpr (P == 1) {
         add(0, lanes.abs(difference));
         add(1, x * lanes.sign(difference));
@@ -54,8 +54,13 @@ struct UnitDistance {
     const A along = gradient_factor<A>(p, item.tap) * (P == 1 ? inverse : 2 * inverse * inverse);
     const A across = along * (inverse * inverse * sums[1] * stretch);
     T* gradient = static_cast<T*>(tap.d_student) + at;
+    const bool more = item.row + 1 < tap.rows;
     for_each_vector(block, n, [&](auto i, auto& lanes) {
-      const auto x = lanes.load_in_order(student, i), difference = x - lanes.load_in_order(teacher, i) * ratio;
+      if (more) {  // the next row comes from memory while this one is worked on
+        lanes.prefetch(student + n, i);
+        lanes.prefetch(teacher + n, i);
+      }
+      const auto x = lanes.load(student, i), difference = x - lanes.load(teacher, i) * ratio;
       if constexpr (P == 1)
         store_gradient(p, lanes, gradient, i, lanes.sign(difference) * along - x * across);
       else

@@ -149,7 +149,7 @@ HF_INLINE A largest_of(Vector<A, N> v) {
     return v;
   } else {
     const auto half = halves<A, N>(v);
-    return largest_of<A, N / 2>(half.low > half.high ? half.low : half.high);
+    return largest_of<A, N / 2>(larger_of<A, N / 2>(half.low, half.high));
   }
 }
 
@@ -385,7 +385,7 @@ struct Lanes {
     return x > A(0) ? one : (x < A(0) ? -one : none);
   }
   template <class V>
-  HF_INLINE V max(V x, V y) const { return x > y ? x : y; }
+  HF_INLINE V max(V x, V y) const { return larger_of<A, sizeof(V) / sizeof(A)>(x, y); }
   template <class V>
   HF_INLINE V relu(V x) const { return x < A(0) ? V{} : x; }  // a NaN stays one
   template <class V>
@@ -443,6 +443,7 @@ struct Block {
   using Acc = A;
   // One after the other is the order of memory.
   static constexpr int kRowsAtOnce = 1, kChannelsAtOnce = 1;
+  static constexpr int kShortRowsAtOnce = 4;               // that fit into the first cache together
   static constexpr int64_t kKeptPositions = 1024;  // of a row, whose exponentials stay in the first cache
 
   template <class F>

@@ -29,7 +29,8 @@ struct PredictPlan {
   using A = typename M::Acc;
   using Word = typename M::Word;
 
-  static constexpr int64_t kTileRows = 64;
+  // Products of bfloat16 take half as long, and as long as before to add what a tile gives to the sums of all.
+  static constexpr int64_t kTileRows = M::kDepth == 1 ? 64 : 128;
   static constexpr int64_t kChunkRows = 512, kMostChunks = 32, kMostChunkBytes = 256 << 20;
 
   const PredictParams& p;

@@ -311,7 +311,7 @@ struct Lanes {
 template <class A, int kLanes>
 struct Block {
   using Acc = A;
-  static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8;
+  static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8, kShortRowsAtOnce = 1;
   static constexpr int64_t kKeptPositions = 0;  // an exponential costs less than the memory to keep it in
 
   template <class F>

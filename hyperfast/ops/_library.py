@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyperfast.ops._autograd import differentiable
+
 library = torch.library.Library("hyperfast", "DEF")
 
 
@@ -29,8 +31,9 @@ def register(
     library.define(schema)
     library.impl(name, without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hyperfast::{name}", fake, lib=library)
-    torch.library.register_autograd(f"hyperfast::{name}", backward, setup_context=setup_context, lib=library)
-    return getattr(torch.ops.hyperfast, name).default
+    operation = getattr(torch.ops.hyperfast, name).default
+    library.impl(name, differentiable(operation, backward, setup_context), "Autograd", with_keyset=True)
+    return operation
 
 
 def register_mutating(schema: str, run: Callable[..., None]) -> Any:
@@ -61,6 +64,8 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def guarded(*arguments: Any) -> Any:
         devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        if not devices:
+            return run(*arguments)
         with contextlib.ExitStack() as stack:
             for device in devices:
                 stack.enter_context(torch.autocast(device, enabled=False))

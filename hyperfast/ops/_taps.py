@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hyperfast.ops import _native
 
-_CACHE_BYTES = 1 << 24  # larger gradients are written past the caches
+# Larger gradients are written past the caches: when the backward pass comes to them, other layers' have replaced them.
+_CACHE_BYTES = 1 << 22
 
 
 def is_channels_last(features: Tensor) -> bool:

@@ -32,10 +32,28 @@ def test_table(results: Path) -> None:
 def test_red_tests_leave_no_ratio(results: Path) -> None:
     rows = [row(verified="no"), row("peer", median_ms="5.0", verified="no")]
     assert "2.50" not in plot.markdown(rows)
+    rows = [red | {"op": "fitnets", "provider": red["provider"].replace("peer", "eager")} for red in rows]
+    store.write(results / "fitnets-cpu.csv", rows)
+    assert "| 5.0 | 5.0 |  |" in plot.losses(results, "cpu")
 
 
 def test_a_table_without_results_says_so(tmp_path: Path) -> None:
     assert "Not measured yet." in plot.fill(README, tmp_path)
+
+
+def test_losses_share_a_table(tmp_path: Path) -> None:
+    ours = row(op="fitnets", median_ms="2.0")
+    others = [row(name, op="fitnets", median_ms=time) for name, time in (("eager (a)", "9.0"), ("eager (b)", "5.0"))]
+    compiled = row("torch.compile", op="fitnets", median_ms="3.0")
+    store.write(tmp_path / "fitnets-cpu.csv", [ours, *others, compiled])
+    filled = plot.fill("<!-- bench:losses-cpu -->\n<!-- /bench -->\n", tmp_path)
+    assert "| FitNets | small | **2.0** | 9.0 (4.50x) | 5.0 (2.50x) | 3.0 (1.50x) | 7, theirs 7 |" in filled
+    assert "A processor, 2 cores, 2 threads, torch 2.13, hyperfast 0.1 (abc), 2026-01-02.\n" in filled
+
+
+def test_a_loss_that_was_not_compared_stays_out(tmp_path: Path) -> None:
+    store.write(tmp_path / "fitnets-cpu.csv", [row(op="fitnets")])
+    assert "Not measured yet." in plot.fill("<!-- bench:losses-cpu -->\n<!-- /bench -->\n", tmp_path)
 
 
 def test_no_markers_is_an_error_that_helps(results: Path) -> None:

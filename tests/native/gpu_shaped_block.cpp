@@ -86,7 +86,7 @@ struct GpuLanes : native::Lanes<float> {
 
 struct GpuBlock {
   using Acc = float;
-  static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8;
+  static constexpr int kRowsAtOnce = 4, kChannelsAtOnce = 8, kShortRowsAtOnce = 1;
   static constexpr int64_t kKeptPositions = 0;
   template <class F>
   void for_each(int64_t n, F f) const {
