@@ -31,12 +31,11 @@ def gated_experts(
         scaled = (mixing[:, :, None] * z[:, None, :]).flatten(1)
         output = scaled @ experts.permute(0, 2, 1).flatten(0, 1)
         return (output if bias is None else output + mixing @ bias), gates
-    heads, outputs, rank = experts.shape
-    mixed = (mixing @ experts.flatten(1)).view(-1, outputs, rank)
+    mixed = (mixing @ experts.flatten(1)).view(-1, *experts.shape[1:])
     output = mixed @ z.flatten(2)
     if bias is not None:
         output = output + (mixing @ bias)[:, :, None]
-    return output.view(len(z), outputs, *z.shape[2:]), gates
+    return output.view(len(z), experts.shape[1], *z.shape[2:]), gates
 
 
 def gated_experts_backward(
@@ -57,7 +56,7 @@ def gated_experts_backward(
     b_h \rangle`, :math:`da = g \odot (dg - \langle g, dg \rangle)`, :math:`dW_g = \sum_b da_b s_b^T`,
     :math:`dz_b = \tilde E_b^T G_b + W_g^T da_b / P`.
     """
-    wide, heads = accumulator([z]), experts.shape[0]
+    wide = accumulator([z])
     mixing = gates.to(z.dtype)
     maps, grad = (x.unsqueeze(2) if x.ndim == 2 else x.flatten(2) for x in (z, d_output))
     flat = experts.flatten(1)
