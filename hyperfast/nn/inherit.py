@@ -386,9 +386,10 @@ def _replacement(
     bias = layer.bias is not None
     new: InheritedConv2d | InheritedLinear
     if isinstance(layer, nn.Conv2d):
-        shape: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
-        geometry: Any = (layer.stride, layer.padding, layer.dilation, layer.padding_mode)
-        new = InheritedConv2d(*shape, rank, heads, *geometry, bias=bias, gate_input=gate_input)
+        geometry: Any = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        size: Any = layer.kernel_size
+        channels = layer.in_channels, layer.out_channels
+        new = InheritedConv2d(*channels, size, rank, heads, bias=bias, gate_input=gate_input, **geometry)
     else:
         new = InheritedLinear(layer.in_features, layer.out_features, rank, heads, bias, gate_input)
     new = new.to(layer.weight.device, layer.weight.dtype)

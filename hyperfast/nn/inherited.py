@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hyperfast import functional
 
 GateInput = Literal["compressed", "input"]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class _Inherited(nn.Module):
@@ -100,7 +101,7 @@ class InheritedConv2d(_Inherited):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         bias: bool = False,
         gate_input: GateInput = "compressed",
     ) -> None:

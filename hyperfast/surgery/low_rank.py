@@ -154,7 +154,7 @@ class MomentMeter:
         layer: a convolution or linear layer.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         self.layer = layer
         self.count = 0
         self._sum: Tensor | None = None
@@ -170,9 +170,7 @@ class MomentMeter:
         """None where nothing was seen."""
         if self._sum is None:
             return None
-        channels = self.layer.weight.shape[1]
-        assert isinstance(channels, int)
-        return Moment.of(self._sum / self.count, channels)
+        return Moment.of(self._sum / self.count, self.layer.weight.shape[1])
 
     @property
     def _diagonal(self) -> bool:
@@ -182,9 +180,8 @@ class MomentMeter:
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return inputs.flatten(0, -2)
-        assert isinstance(layer, nn.Conv2d)
         if layer.weight[0].numel() <= _FULL_PATCHES and not isinstance(layer.padding, str):
-            padding: Sequence[int] = layer.padding
+            padding: tuple[int, ...] = layer.padding
             if layer.padding_mode != "zeros":
                 inputs, padding = F.pad(inputs, layer._reversed_padding_repeated_twice, layer.padding_mode), (0, 0)
             patches = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
