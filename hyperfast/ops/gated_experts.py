@@ -8,13 +8,105 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
+from hyperfast.ops import _native
 from hyperfast.ops._library import accumulator_dtype, differentiate, register
 
+
+def _cpu_supports(z: Tensor, experts: Tensor) -> str | None:
+    reason = _native.missing() or _native.wrong_device(z, "cpu")
+    if reason is None and z.dtype not in _native.DTYPES:
+        reason = f"z is {z.dtype}"
+    if reason is None and (not z.numel() or not experts.numel()):
+        reason = "a tensor is empty"
+    if reason is None and z.ndim == 2:
+        reason = "rows with a gate each are one matrix product, which BLAS does"
+    return reason
+
+
+class _Launch:
+    """Holds what the launch needs alive, contiguous."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        experts: Tensor,
+        bias: Tensor | None,
+        gate_weight: Tensor,
+        gate_bias: Tensor | None,
+        gate_input: Tensor | None,
+        output: Tensor | None,
+        gates: Tensor,
+    ) -> None:
+        given = (z, experts, bias, gate_weight, gate_bias, gate_input, output, gates)
+        self.tensors = [None if x is None else x.contiguous() for x in given]
+        names = ("z", "experts", "bias", "gate_weight", "gate_bias", "gate_input", "output", "gates")
+        self.like, self.work = z, z.numel() * experts.shape[1]
+        self.params = _native.module().GatedExpertsParams(
+            dtype=_native.DTYPES[z.dtype],
+            batch=z.shape[0],
+            heads=experts.shape[0],
+            outputs=experts.shape[1],
+            rank=experts.shape[2],
+            positions=z.shape[2:].numel(),
+            gate_width=gate_weight.shape[1],
+            **dict(zip(names, map(_address, self.tensors), strict=True)),
+        )
+
+    def run(self) -> None:
+        _native.launch("gated_experts", self.params, self.like, self.work)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _native_forward(
+    z: Tensor,
+    experts: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    gate_input: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    output = _native.empty((z.shape[0], experts.shape[1], *z.shape[2:]), z)
+    gates = z.new_empty((z.shape[0], experts.shape[0]), dtype=accumulator_dtype(z.dtype))
+    _Launch(z, experts, bias, gate_weight, gate_bias, gate_input, output, gates).run()
+    return output, gates
+
+
+def _native_backward(
+    d_output: Tensor,
+    d_gates: Tensor,
+    z: Tensor,
+    experts: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_input: Tensor | None,
+    gates: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = _backward_fake(d_output, d_gates, z, experts, bias, gate_weight, gate_input, gates)
+    names = ("d_z", "d_experts", "d_bias", "d_gate_weight", "d_gate_bias", "d_gate_input")
+    launch = _Launch(z, experts, bias, gate_weight, None, gate_input, None, gates)
+    d_output, d_gates = d_output.contiguous(), d_gates.contiguous()
+    addresses = {name: tensor.data_ptr() if tensor.numel() else 0 for name, tensor in zip(names, found, strict=True)}
+    launch.params.set_backward(d_output=d_output.data_ptr(), d_gates=d_gates.data_ptr(), **addresses)
+    launch.run()
+    return found
+
+
 forward_implementations = Dispatcher(
-    "gated_experts", [Implementation(Backend.REFERENCE, reference.gated_experts)]
+    "gated_experts",
+    [
+        Implementation(Backend.CPU, _native_forward, lambda z, experts, *_: _cpu_supports(z, experts)),
+        Implementation(Backend.REFERENCE, reference.gated_experts),
+    ],
 )
 backward_implementations = Dispatcher(
-    "gated_experts_backward", [Implementation(Backend.REFERENCE, reference.gated_experts_backward)]
+    "gated_experts_backward",
+    [
+        Implementation(Backend.CPU, _native_backward, lambda _d, _g, z, experts, *_: _cpu_supports(z, experts)),
+        Implementation(Backend.REFERENCE, reference.gated_experts_backward),
+    ],
 )
 
 
