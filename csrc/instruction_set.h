@@ -9,6 +9,7 @@
 #include "hyperfast/cross_entropy_distillation.h"
 #include "hyperfast/fitnets.h"
 #include "hyperfast/flow_of_solution.h"
+#include "hyperfast/gated_experts.h"
 #include "hyperfast/generate.h"
 #include "hyperfast/gram.h"
 #include "hyperfast/greedy_chain.h"
@@ -37,6 +38,7 @@ struct CpuKernels {
   void (*similarity_preserving)(const SimilarityParams&, int threads);
   void (*relational_distance_angle)(const RelationalParams&, int threads);
   void (*flow_of_solution)(const FlowParams&, int threads);
+  void (*gated_experts)(const GatedExpertsParams&, int threads);
   void (*activation_boundary)(const ActivationBoundaryParams&, int threads);
   void (*channel_wise_distillation)(const ChannelWiseDistillationParams&, int threads);
   void (*fitnets)(const FitNetsParams&, int threads);
@@ -59,6 +61,7 @@ struct CpuKernels {
   void similarity_preserving(const SimilarityParams&, int);                  \
   void relational_distance_angle(const RelationalParams&, int);              \
   void flow_of_solution(const FlowParams&, int);                             \
+  void gated_experts(const GatedExpertsParams&, int);                        \
   void activation_boundary(const ActivationBoundaryParams&, int);            \
   void channel_wise_distillation(const ChannelWiseDistillationParams&, int); \
   void fitnets(const FitNetsParams&, int);                                   \
@@ -79,6 +82,7 @@ struct CpuKernels {
             similarity_preserving,                                           \
             relational_distance_angle,                                       \
             flow_of_solution,                                                \
+            gated_experts,                                                   \
             activation_boundary,                                             \
             channel_wise_distillation,                                       \
             fitnets,                                                         \

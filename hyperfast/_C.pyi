@@ -241,6 +241,39 @@ class RangerParams:
         centralized_row: int,
     ) -> None: ...
 
+class GatedExpertsParams:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        batch: int,
+        heads: int,
+        outputs: int,
+        rank: int,
+        positions: int,
+        gate_width: int,
+        z: int,
+        experts: int,
+        bias: int,
+        gate_weight: int,
+        gate_bias: int,
+        gate_input: int,
+        output: int,
+        gates: int,
+    ) -> None: ...
+    def set_backward(
+        self,
+        *,
+        d_output: int,
+        d_gates: int,
+        d_z: int,
+        d_experts: int,
+        d_bias: int,
+        d_gate_weight: int,
+        d_gate_bias: int,
+        d_gate_input: int,
+    ) -> None: ...
+
 def generate_forward_cpu(params: GenerateParams, threads: int) -> None: ...
 def generate_backward_cpu(params: GenerateParams, threads: int) -> None: ...
 def attention_transfer_forward_cpu(params: AttentionParams, threads: int) -> None: ...
@@ -255,6 +288,7 @@ def gram_backward_cpu(params: GramGradientParams, threads: int) -> None: ...
 def similarity_preserving_cpu(params: SimilarityParams, threads: int) -> None: ...
 def relational_distance_angle_cpu(params: RelationalParams, threads: int) -> None: ...
 def flow_of_solution_cpu(params: FlowParams, threads: int) -> None: ...
+def gated_experts_cpu(params: GatedExpertsParams, threads: int) -> None: ...
 def activation_boundary_cpu(params: ActivationBoundaryParams, threads: int) -> None: ...
 def channel_wise_distillation_cpu(params: ChannelWiseDistillationParams, threads: int) -> None: ...
 def fitnets_cpu(params: FitNetsParams, threads: int) -> None: ...

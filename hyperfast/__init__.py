@@ -10,7 +10,7 @@
 
 from hyperfast import functional, losses, optim
 from hyperfast.backends import Backend, BackendUnavailable, explain, use_backend
-from hyperfast.nn import Hypernetwork, hypernetize
+from hyperfast.nn import Hypernetwork, hypernetize, inherit
 from hyperfast.surgery import taps
 from hyperfast.version import __version__
 
@@ -22,6 +22,7 @@ __all__ = [
     "explain",
     "functional",
     "hypernetize",
+    "inherit",
     "losses",
     "optim",
     "taps",

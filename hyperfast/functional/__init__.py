@@ -10,6 +10,7 @@ from hyperfast.functional.channel_wise_distillation import channel_wise_distilla
 from hyperfast.functional.cross_entropy_distillation import cross_entropy_distillation
 from hyperfast.functional.fitnets import fitnets
 from hyperfast.functional.flow_of_solution import flow_of_solution, flow_statistics
+from hyperfast.functional.gated_experts import gated_experts
 from hyperfast.functional.generate import generate
 from hyperfast.functional.greedy_chain import greedy_chain
 from hyperfast.functional.predict import fourier_features, positional_embedding, predict, squared_error
@@ -32,6 +33,7 @@ __all__ = [
     "flow_of_solution",
     "flow_statistics",
     "fourier_features",
+    "gated_experts",
     "generate",
     "greedy_chain",
     "pack_signs",

@@ -11,6 +11,8 @@ from hyperfast.nn.conditions import (
 from hyperfast.nn.cost import CostReport, CostRow
 from hyperfast.nn.hypernetize import hypernetize
 from hyperfast.nn.hypernetwork import Hypernetwork, StepFactors
+from hyperfast.nn.inherit import InheritReport, InheritRow, fold, inherit, recalibrate_norms
+from hyperfast.nn.inherited import InheritedConv2d, InheritedLinear, load_balance_loss
 from hyperfast.nn.initialization import initialize
 from hyperfast.nn.interop import load_hyperlight, load_nern, nern_state_dict
 from hyperfast.nn.row_sampler import RowSampler
@@ -23,15 +25,23 @@ __all__ = [
     "CostRow",
     "ExternalCondition",
     "Hypernetwork",
+    "InheritReport",
+    "InheritRow",
+    "InheritedConv2d",
+    "InheritedLinear",
     "LearnedCondition",
     "PerLayerCondition",
     "RowSampler",
     "StepFactors",
     "StochasticCondition",
     "WeightPredictor",
+    "fold",
     "hypernetize",
+    "inherit",
     "initialize",
+    "load_balance_loss",
     "load_hyperlight",
     "load_nern",
     "nern_state_dict",
+    "recalibrate_norms",
 ]

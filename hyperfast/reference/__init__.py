@@ -32,6 +32,7 @@ from hyperfast.reference.flow_of_solution import (
     flow_of_solution_forward,
     flow_statistics,
 )
+from hyperfast.reference.gated_experts import gated_experts, gated_experts_backward
 from hyperfast.reference.generate import ACTIVATIONS, ENCODINGS, generate, generate_backward
 from hyperfast.reference.gram import gram_backward
 from hyperfast.reference.greedy_chain import SIMILARITIES, greedy_chain
@@ -94,6 +95,8 @@ __all__ = [
     "flow_of_solution_forward",
     "flow_statistics",
     "fourier_features",
+    "gated_experts",
+    "gated_experts_backward",
     "generate",
     "generate_backward",
     "gram_backward",
