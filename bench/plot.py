@@ -83,7 +83,11 @@ def losses(results: Path, device: str) -> str:
             measured += rows
     if not measured:
         return "Not measured yet.\n"
-    return "\n".join(lines) + "\n\n" + "\n\n".join(dict.fromkeys(_machine(row) + "." for row in measured)) + "\n"
+    commits: dict[str, dict[str, None]] = {}
+    for row in measured:
+        commits.setdefault(_machine(row, "{}"), {})[row["commit"]] = None
+    notes = [machine.format(", ".join(found)) + "." for machine, found in commits.items()]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
 
 
 def _time_and_ratio(row: Row | None, rows: Sequence[Row]) -> str:
@@ -103,17 +107,17 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     notes = []
     for row in rows:
         notes.append(
-            f"{_machine(row)}; measured ceilings: copy {float(row['copy_gbps']):.1f} GB/s, "
+            f"{_machine(row, row['commit'])}; measured ceilings: copy {float(row['copy_gbps']):.1f} GB/s, "
             f"float32 matrix product {float(row['matmul_gflops']):.0f} GFLOP/s."
         )
     return list(dict.fromkeys(notes))
 
 
-def _machine(row: Row) -> str:
+def _machine(row: Row, commit: str) -> str:
     versions = f"torch {row['torch']}" + (f", CUDA {row['cuda']}" if row["cuda"] else "")
     return (
         f"{row['processor']}, {row['threads']} threads, {versions}, hyperfast {row['hyperfast']} "
-        f"({row['commit']}), {row['date'][:10]}"
+        f"({commit}), {row['date'][:10]}"
     )
 
 
