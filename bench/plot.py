@@ -52,7 +52,7 @@ def markdown(rows: Sequence[Row]) -> str:
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("case", lambda row: row["case"] + (" (CUDA graph)" if row["mode"] == "graph" else "")),
         ("provider", lambda row: f"**{row['provider']}**" if row["provider"] == store.OURS else row["provider"]),
-        ("median ms (20 % to 80 %)", lambda row: f"{row['median_ms']} ({row['p20_ms']} to {row['p80_ms']})"),
+        ("median ms (20 % to 80 %)", _median_and_quantiles),
         ("times ours", lambda row: _ratio_text(row, rows)),
         ("peak MiB", lambda row: row["peak_mib"]),
         ("of copy bandwidth", lambda row: f"{float(row['percent_copy']):.0f} %" if row["percent_copy"] else ""),
@@ -63,6 +63,12 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(cells)} |", f"|{'|'.join('---' if i < 2 else '--:' for i in range(len(cells)))}|"]
     lines += [f"| {' | '.join(line)} |" for line in zip(*cells.values(), strict=True)]
     return "\n".join(lines) + "\n\n" + "\n\n".join(_footnotes(rows)) + "\n"
+
+
+def _median_and_quantiles(row: Row) -> str:
+    if row["repeats"] == "1":
+        return f"{float(row['median_ms']):,.0f} (once)"
+    return f"{row['median_ms']} ({row['p20_ms']} to {row['p80_ms']})"
 
 
 def losses(results: Path, device: str) -> str:

@@ -41,6 +41,10 @@ def test_a_table_without_results_says_so(tmp_path: Path) -> None:
     assert "Not measured yet." in plot.fill(README, tmp_path)
 
 
+def test_a_case_that_was_measured_once_has_no_quantiles() -> None:
+    assert "| 141,400 (once) |" in plot.markdown([row(median_ms="1.414e+05", repeats="1")])
+
+
 def test_losses_share_a_table(tmp_path: Path) -> None:
     ours = row(op="fitnets", median_ms="2.0")
     others = [row(name, op="fitnets", median_ms=time) for name, time in (("eager (a)", "9.0"), ("eager (b)", "5.0"))]
