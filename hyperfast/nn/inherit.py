@@ -313,9 +313,10 @@ def _reasons(
 @torch.no_grad()
 def _moments(model: nn.Module, names: Sequence[str], batches: Iterable[Tensor]) -> dict[str, Any]:
     """What each layer sees in the original network."""
-    meters = {name: MomentMeter(model.get_submodule(name)) for name in names}
+    layers = dict(_layers(model))
+    meters = {name: MomentMeter(layers[name]) for name in names}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _module, args, meter=meter: meter.add(args[0]))
+        layers[name].register_forward_pre_hook(lambda _module, args, meter=meter: meter.add(args[0]))
         for name, meter in meters.items()
     ]
     modes = {module: module.training for module in model.modules()}

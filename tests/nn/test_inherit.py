@@ -159,7 +159,8 @@ def test_calibration_lowers_the_error_of_the_whole_network() -> None:
     images = torch.randn(32, 3, 8, 8, dtype=torch.float64) * scale
     plain, _ = inherit(model, rank=2)
     aware, _ = inherit(model, rank=2, calibration=[images])
-    errors = [float((network(images) - model(images)).norm()) for network in (aware, plain)]
+    with torch.no_grad():
+        errors = [float((network(images) - model(images)).norm()) for network in (aware, plain)]
     assert errors[0] < errors[1] and not model.training
 
 
