@@ -15,7 +15,7 @@ from hyperfast.data import Augment, Splits, default_augment, load
 from hyperfast.recipes import METHODS, DistillConfig, LossTerm, TapWeights, TrainConfig
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
-KD_WEIGHT = 1.0
+_KD_WEIGHT = 1.0
 
 
 def _widths(given: list[str]) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ class DistillOptions:
             losses={name: replace(term, options=options, connector=self.connector) for name, term in terms.items()},
             cross_entropy_weight=self.cross_entropy_weight,
             labels_from=self.labels_from,
-            kd_weight=0.0 if kd is None else KD_WEIGHT if kd.beta is None else kd.beta,
+            kd_weight=0.0 if kd is None else _KD_WEIGHT if kd.beta is None else kd.beta,
             temperature=self.temperature,
             at=_globs(self.taps),
             teacher_at=_globs(self.teacher_taps),

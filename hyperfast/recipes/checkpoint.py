@@ -6,6 +6,7 @@ whose metadata have the single key `hyperfast`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -215,3 +216,11 @@ def restore_rng_state(states: Mapping[str, Tensor], device: torch.device) -> Non
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of its state dict."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

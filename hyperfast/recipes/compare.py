@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from torch import nn
 from hyperfast import env_report
 from hyperfast.analysis import require_matplotlib
 from hyperfast.data import DeviceLoader, ImageSet, Splits
+from hyperfast.recipes import checkpoint
 from hyperfast.recipes.compare_report import write_results
 from hyperfast.recipes.comparison import ComparedRun, Comparison, Record, TeacherAccuracy, run_folder
 from hyperfast.recipes.config import TrainConfig
@@ -234,7 +234,7 @@ def _settings(config: TrainConfig, data: Splits, teacher: nn.Module) -> dict[str
             "mean": images.mean,
             "std": images.std,
         },
-        "teacher_sha256": _digest(teacher),
+        "teacher_sha256": checkpoint.digest(teacher),
     }
 
 
@@ -247,14 +247,6 @@ def _describe(method: DistillConfig | None) -> dict[str, Any] | None:
     )
     weights = {"labels": method.cross_entropy_weight, **method.betas(), "kd": method.kd_weight}
     return {**plain, "weights": {name: weight for name, weight in weights.items() if weight}}
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check(methods: Mapping[str, DistillConfig | None], seeds: Sequence[int]) -> None:

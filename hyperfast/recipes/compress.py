@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,6 +16,7 @@ from hyperfast.analysis import answers, mcnemar
 from hyperfast.analysis.paired import McNemar
 from hyperfast.data import ImageSet, Splits
 from hyperfast.nn import WeightPredictor
+from hyperfast.recipes import checkpoint
 from hyperfast.recipes.artifact import Artifact
 from hyperfast.recipes.checkpoint import JSON
 from hyperfast.recipes.compress_config import RELABEL, CompressConfig
@@ -206,9 +206,9 @@ class _Compression:
         return {
             **settings,
             "coverage": self.coverage.fingerprint,
-            "network": _digest(self.model),
-            "teacher": None if self.guide is None else _digest(self.teacher),
-            "start": None if self.start is None else _digest(self.start.predictor),
+            "network": checkpoint.digest(self.model),
+            "teacher": None if self.guide is None else checkpoint.digest(self.teacher),
+            "start": None if self.start is None else checkpoint.digest(self.start.predictor),
             "train_images": None if self.data is None else len(self.data.train),
         }
 
@@ -408,14 +408,6 @@ def _cover(model: nn.Module, config: CompressConfig) -> Coverage:
         kernel=config.kernel,
         policy=config.cover,
     )
-
-
-def _digest(module: nn.Module) -> str:
-    """SHA-256 of its state dict."""
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _tied(model: nn.Module, coverage: Coverage) -> dict[str, str]:

@@ -162,7 +162,7 @@ def build_term(
 
 
 def _connector(method: Method, student: list[int], teacher: list[int], wanted: str) -> nn.Module:
-    if method.same is None or (wanted != "always" and student == teacher):
+    if method.same is None:
         return nn.Identity()
     target = teacher if method.same == "shape" else [teacher[0], *student[1:]]
     if wanted != "always" and student == target:
