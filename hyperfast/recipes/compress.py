@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from hyperfast.analysis import answers, mcnemar
 from hyperfast.analysis.paired import McNemar
-from hyperfast.data import ImageSet, Splits
-from hyperfast.nn import WeightPredictor
+from hyperfast.data import Augment, DeviceLoader, ImageSet, Splits
+from hyperfast.nn import WeightPredictor, recalibrate_norms
 from hyperfast.recipes import checkpoint
 from hyperfast.recipes.artifact import Artifact
 from hyperfast.recipes.checkpoint import JSON
@@ -28,7 +29,8 @@ from hyperfast.surgery import Coverage, Permutation, cover, relabel
 # A run may be resumed with other values of these: they do not change what it computes.
 _FREE_SETTINGS = ("device", "log_every", "checkpoint_every")
 # What a run that starts from another one's result may set anew.
-_NEW_AFTER_START = (*_FREE_SETTINGS, "rounds", "seeds", "seed", "select", "guide", "precision")
+_NEW_AFTER_START = (*_FREE_SETTINGS, "rounds", "seeds", "seed", "recalibrate", "select", "guide", "precision")
+_CALIBRATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,14 @@ def compress(
 
     Phase 1 reconstructs the weights and looks at nothing else; with `rounds` it reconstructs the reconstruction, which
     a predictor larger than the network improves by. Phase 2 (`config.guide`) starts from there and follows the logits
-    of a teacher. Norms, biases and classifiers that are not covered stay those of the network.
+    of a teacher. Norms, biases and classifiers that are not covered stay those of the network; `config.recalibrate`
+    renews the statistics of the norms.
 
     Args:
         model: any trained module; it is left as it is.
         config: settings; default `CompressConfig()`.
-        data: images normalised as the network expects. Needed for phase 2 without noise and to select by accuracy;
-            otherwise only for the accuracies in the result.
+        data: images normalised as the network expects. Needed for phase 2 without noise, to recalibrate norms and to
+            select by accuracy; otherwise only for the accuracies in the result.
         teacher: phase 2: maps the same images to as many logits. Default: the network itself.
         start: what an earlier call made of `model`, in place of the rounds that it has: phase 2, or further rounds,
             begin there. `config` must describe the same predictor, as `continuation` makes it.
@@ -117,8 +120,8 @@ def compress(
 
     Raises:
         ValueError: weights that are NaN or infinite; kernels that are zero or larger than the predictor's output;
-            phase 2 without images; a teacher with other classes; a checkpoint of another network or other settings;
-            a `start` of another network or predictor, or with nothing left to do.
+            phase 2 or `recalibrate` without images; a teacher with other classes; a checkpoint of another network or
+            other settings; a `start` of another network or predictor, or with nothing left to do.
         FileExistsError: `folder` holds a run and `resume` is False.
         FloatingPointError: the loss is not finite any more; names the step and the last good checkpoint.
         OSError: a checkpoint cannot be written; the one from before is kept.
@@ -151,15 +154,15 @@ def compress(
 def continuation(start: Artifact, config: CompressConfig) -> CompressConfig:
     """`config` with the predictor, the cover and the reconstruction that `start` was made with.
 
-    What is left of `config`: `rounds`, `seeds`, `seed`, `select`, `guide`, `precision`, `device`, `log_every` and
-    `checkpoint_every`.
+    What is left of `config`: `rounds`, `seeds`, `seed`, `recalibrate`, `select`, `guide`, `precision`, `device`,
+    `log_every` and `checkpoint_every`.
 
     Raises:
         ValueError: `start` does not say what it was made with; `config` has another value than `start` that is not the
             default either.
     """
-    settings: Any = start.metadata.get("settings")
-    if not isinstance(settings, dict):
+    settings = _settings(start)
+    if not settings:
         raise ValueError("start does not say what it was made with (metadata['settings']); give what compress() made")
     default, changes = CompressConfig(), dict[str, Any]()
     for name in (f.name for f in fields(CompressConfig) if f.name in settings and f.name not in _NEW_AFTER_START):
@@ -189,6 +192,11 @@ class _Compression:
         _check_finite(self.state)
         self.coverage = _cover(self.model, config)
         self.tied = _tied(self.model, self.coverage)
+        if config.recalibrate and (data is None or not len(data.train)):
+            raise ValueError(
+                f"recalibrate is {config.recalibrate}, but there are no training images to take the statistics from; "
+                "give data, or recalibrate=0"
+            )
         self.select = _selection(config, data)
         self.judged = copy.deepcopy(self.model)
         self.guide = None if config.guide is None else config.guide.resolved(config)
@@ -228,7 +236,8 @@ class _Compression:
             "history": [asdict(record) for record in history],
             "accuracy": {"original": original, "reconstruction": reconstruction},
         }
-        artifact = Artifact.of(self.model, predictor.cpu(), self.coverage, permutation, metadata)
+        self.judged.load_state_dict(state)
+        artifact = Artifact.of(self.judged, predictor.cpu(), self.coverage, permutation, metadata)
         rmse = _rmse(self.coverage, state, self.state)
         result = CompressResult(artifact, history, rmse, original, reconstruction, tests, run.steps, run.seconds)
         run.write("result", {"rmse": rmse, "original": original, "reconstruction": reconstruction})
@@ -296,7 +305,11 @@ class _Compression:
         assert self.guide is not None
         if not run.facts.get("guided"):
             targets = Targets.of(self.state, self.coverage, self.config, permutation)
-            guidance = Guidance(predictor, targets, self.model, self.teacher, self.data, self.guide, self.config)
+            network = self.model
+            if self.guide.method == "kd":  # joint training begins with a predictor that has seen nothing
+                network = self.judged
+                network.load_state_dict(self._reconstructed(predictor, permutation))
+            guidance = Guidance(predictor, targets, network, self.teacher, self.data, self.guide, self.config)
             run.drive(guidance, "joint training" if self.guide.method == "joint" else "phase 2")
             run.keep("guided", predictor.state_dict())
             run.facts["guided"] = True
@@ -305,11 +318,28 @@ class _Compression:
 
     @torch.no_grad()
     def _reconstructed(self, predictor: WeightPredictor, permutation: Permutation) -> dict[str, Tensor]:
-        """The network's state dict with predicted weights."""
+        """The network's state dict with predicted weights, its norms recalibrated where that is asked for."""
         rows = permutation.invert(predictor()).cpu()
         predicted = self.coverage.scatter(rows)
         predicted |= {name: predicted[owner] for name, owner in self.tied.items()}
-        return {**self.state, **{name: t.to(self.state[name].dtype) for name, t in predicted.items()}}
+        state = {**self.state, **{name: t.to(self.state[name].dtype) for name, t in predicted.items()}}
+        if not self.config.recalibrate:
+            return state
+        self.judged.load_state_dict(state)
+        recalibrate_norms(self.judged, self._calibration())
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.judged.state_dict().items()}
+
+    def _calibration(self) -> Iterator[Tensor]:
+        assert self.data is not None
+        loader = DeviceLoader(
+            self.data.train,
+            min(_CALIBRATION_BATCH, len(self.data.train)),
+            device=self.config.torch_device(),
+            train=True,
+            augment=Augment(pad=0, flip=False),
+            seed=self.config.seed,
+        )
+        return (images for images, _ in itertools.islice(loader.epoch(0), self.config.recalibrate))
 
     def _check_start(self, start: Artifact) -> None:
         config, made = self.config, start.predictor.configuration
@@ -327,8 +357,9 @@ class _Compression:
             )
         if differs:
             raise ValueError(f"start does not fit: {'; '.join(differs)}. Use continuation(start, config)")
+        renewed = _norm_statistics(self.model) if _settings(start).get("recalibrate") else set()
         for name, tensor in start.kept.items():
-            if not torch.equal(tensor, self.state[name]):
+            if name not in renewed and not torch.equal(tensor, self.state[name]):
                 raise ValueError(f"start was made from another network: its {name} has other values")
         if self.guide is not None and self.guide.method == "joint":
             raise ValueError("joint training begins with a fresh predictor; leave start out, or use method='kd'")
@@ -357,6 +388,16 @@ class _Compression:
             original[name], reconstruction[name] = before.accuracy, after.accuracy
             tests[name] = mcnemar(before.correct, after.correct)
         return original, reconstruction, tests
+
+
+def _settings(start: Artifact) -> dict[str, Any]:
+    settings: Any = start.metadata.get("settings") or {}
+    return dict(settings)
+
+
+def _norm_statistics(model: nn.Module) -> set[str]:
+    norms = {name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return {name for name, _ in model.named_buffers() if name.rpartition(".")[0] in norms}
 
 
 def _history(start: Artifact) -> list[Any]:
