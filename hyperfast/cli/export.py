@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyperfast.cli.network import Run, load_run
-from hyperfast.nn import Hypernetwork
+from hyperfast.nn import Hypernetwork, fold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,11 +34,13 @@ class Export:
             metadata), .pt2 (torch.export) or .onnx (needs onnx and onnxscript). The last two take batches of any size.
         condition: values in [0, 1] that the weights are generated from. Default: what the hypernetwork was trained
             with (0.5 for a stochastic condition).
+        fold: of a network of "hyperfast inherit" with one head: two plain layers in the place of each inherited one.
     """
 
     checkpoint: tyro.conf.Positional[Path]
     out: Path
     condition: tuple[float, ...] | None = None
+    fold: bool = False
 
     @staticmethod
     def help() -> str:
@@ -47,13 +49,14 @@ class Export:
 Examples:
     hyperfast export runs/distill-cifar10-resnet20 --out resnet20.safetensors
     hyperfast export runs/family/last.safetensors --condition 0.3 --out at_0.3.onnx
+    hyperfast export runs/inherit-cifar10-resnet56/r16-h1-seed0 --fold --out resnet56_r16.onnx
 
 The safetensors file can be the teacher of "hyperfast distill", and hyperfast.models.load_weights reads it."""
 
     def run(self, console: Console) -> None:
         """Materialise, write, and say what was written."""
         writers: dict[str, Callable[[nn.Module, Run, Path], None]] = {
-            ".safetensors": _write_safetensors,
+            ".safetensors": write_safetensors,
             ".pt2": _write_program,
             ".onnx": _write_onnx,
         }
@@ -61,6 +64,8 @@ The safetensors file can be the teacher of "hyperfast distill", and hyperfast.mo
             raise ValueError(f"--out is {self.out}; its ending chooses the form: {', '.join(writers)}")
         run, network = load_run(self.checkpoint)
         model = self._plain(run, network)
+        if self.fold:
+            run, model = self._folded(run, model)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         # Beside its destination and then moved: a failure leaves what was there.
         staging = self.out.with_name(f".{self.out.stem}.tmp{self.out.suffix}")
@@ -85,14 +90,28 @@ The safetensors file can be the teacher of "hyperfast distill", and hyperfast.mo
         return network
 
 
+    def _folded(self, run: Run, model: nn.Module) -> tuple[Run, nn.Module]:
+        layers = run.network.inherited
+        if layers is None:
+            raise ValueError(f"--fold is for networks of hyperfast inherit; {self.checkpoint} has no inherited layer")
+        for name, values in layers.items():
+            if values["heads"] > 1:
+                raise ValueError(
+                    f"--fold: layer {name!r} has {values['heads']} heads, which are mixed anew for every image: no "
+                    "plain layers do the same. Inherit with --heads 1; or hyperfast.nn.fold takes the mean of the heads"
+                )
+        folded = {name: {**values, "folded": True} for name, values in layers.items()}
+        return replace(run, network=replace(run.network, inherited=folded)), fold(model)
+
+
 def _example(run: Run) -> Tensor:
     return torch.zeros(2, *run.image)
 
 
-def _write_safetensors(model: nn.Module, run: Run, path: Path) -> None:
+def write_safetensors(model: nn.Module, run: Run, path: Path) -> None:
+    """A state dict, with metadata that say what it is of and how its images are normalised."""
     metadata = {
-        "model": run.network.model,
-        "classes": str(run.network.classes),
+        **run.network.metadata(),
         "mean": ",".join(map(str, run.mean)),
         "std": ",".join(map(str, run.std)),
     }

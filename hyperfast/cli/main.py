@@ -39,6 +39,7 @@ _COMMANDS = {
     "compress": _Command(
         "compress", "Compress", "make a trained network small: a predictor of its weights, in one file"
     ),
+    "inherit": _Command("inherit", "Inherit", "make small networks of a trained one: low rank and gated heads"),
     "export": _Command("export", "Export", "bake generated weights: safetensors, torch.export or ONNX"),
     "reconstruct": _Command("reconstruct", "Reconstruct", "an ordinary network from a compressed one"),
     "analyze": _Command("analyze", "Analyze", "compare a network with reconstructions of it: a page and tables"),

@@ -114,9 +114,9 @@ def _times(hypernetwork: Hypernetwork, inputs: tuple[Any, ...], repeats: int) ->
     device = hypernetwork.theta0.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         times = {
-            "generate": _median(generate, device, repeats),
-            "primary forward": _median(lambda: plain(*inputs), device, repeats),
-            "whole step": _median(step, device, repeats),
+            "generate": median_ms(generate, device, repeats),
+            "primary forward": median_ms(lambda: plain(*inputs), device, repeats),
+            "whole step": median_ms(step, device, repeats),
         }
     with torch.no_grad():
         for buffer, value in buffers:
@@ -124,7 +124,7 @@ def _times(hypernetwork: Hypernetwork, inputs: tuple[Any, ...], repeats: int) ->
     return times
 
 
-def _median(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median milliseconds of `run` after one call that is not counted."""
     run()
     samples = []

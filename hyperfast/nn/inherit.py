@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn.inherited import GateInput, InheritedConv2d, InheritedLinear
+from hyperfast.nn.inherited_structure import like, replace_module
 from hyperfast.surgery.low_rank import SPLITS, MomentMeter, Spectrum, Split, budget_ranks
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -59,6 +60,12 @@ class InheritReport:
     rows: tuple[InheritRow, ...]
     parameters: int
     inherited: int
+
+    @property
+    def energy(self) -> float:
+        """Mean over the replaced layers of what each keeps: behind a norm, the scale of a layer means nothing."""
+        kept = [row.energy for row in self.rows if row.reason is None]
+        return sum(kept) / len(kept)
 
     def __str__(self) -> str:
         replaced = [row for row in self.rows if row.reason is None]
@@ -125,8 +132,8 @@ def inherit(
 
     Raises:
         ValueError: none or several of rank, energy and budget, or values out of range; globs that match no layer; a
-            rank above that of a layer that is named in `include`; a zero gate with equal heads, which would stay equal;
-            weights that are not finite; nothing to replace.
+            layer that `include` has by its full name and that cannot be replaced; a zero gate with equal heads, which
+            would stay equal; weights that are not finite; nothing to replace.
 
     Notes:
         A layer is left where the rank is at least its full rank. Grouped and depthwise convolutions are left, and
@@ -164,7 +171,7 @@ def inherit(
         if reason is None:
             assert kept is not None
             new = _replacement(layer, spectra[name], kept, heads, init, split, gate, gate_input, deviation)
-            _replace(student, name, new.train(layer.training))
+            replace_module(student, name, new.train(layer.training))
         share = spectra[name].energy(kept) if reason is None and kept is not None else 1.0
         rows.append(
             InheritRow(
@@ -179,6 +186,9 @@ def inherit(
                 reason,
             )
         )
+    for row in rows:
+        if row.reason is not None and row.name in include:
+            raise ValueError(f"layer {row.name!r} was asked for by name and cannot be replaced: {row.reason}")
     if all(row.reason for row in rows):
         raise ValueError("no layer was replaced: " + "; ".join(f"{row.name}, {row.reason}" for row in rows[:5]))
     return student, InheritReport(tuple(rows), _count(model), _count(student))
@@ -192,7 +202,7 @@ def fold(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model)
     for name, layer in list(plain.named_modules()):
         if isinstance(layer, InheritedConv2d | InheritedLinear):
-            _replace(plain, name, layer.fold().train(layer.training))
+            replace_module(plain, name, layer.fold().train(layer.training))
     return plain
 
 
@@ -384,16 +394,7 @@ def _replacement(
     gate_input: GateInput,
     deviation: float,
 ) -> nn.Module:
-    bias = layer.bias is not None
-    new: InheritedConv2d | InheritedLinear
-    if isinstance(layer, nn.Conv2d):
-        geometry: Any = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-        size: Any = layer.kernel_size
-        channels = layer.in_channels, layer.out_channels
-        new = InheritedConv2d(*channels, size, rank, heads, bias=bias, gate_input=gate_input, **geometry)
-    else:
-        new = InheritedLinear(layer.in_features, layer.out_features, rank, heads, bias, gate_input)
-    new = new.to(layer.weight.device, layer.weight.dtype)
+    new = like(layer, rank, heads, gate_input)
     up, down = spectrum.factors(rank, split)
     experts = up.expand(heads, -1, -1)
     if init == "paper":
@@ -409,11 +410,6 @@ def _replacement(
         nn.init.zeros_(new.gate.weight)
         nn.init.zeros_(new.gate.bias)
     return new.requires_grad_(layer.weight.requires_grad)
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
 
 
 def _count(module: nn.Module) -> int:

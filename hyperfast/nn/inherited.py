@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class _Inherited(nn.Module):
             raise ValueError(f"gates is {list(share.shape)}; expected [{self.heads}], one per head")
         expert = torch.einsum("h,hmr->mr", share, self.experts)
         return expert, None if self.bias is None else share @ self.bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the gates of the last forward, whose graph cannot be copied."""
+        return {**self.__dict__, "gates": None}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, outputs={self.outputs}, heads={self.heads}, gate_input={self.gate_input!r}"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyperfast import reference
 from hyperfast.backends import Backend, Dispatcher, Implementation
-from hyperfast.ops import _native
+from hyperfast.ops import _native, _triton
 from hyperfast.ops._library import accumulator_dtype, differentiate, register
 
 
@@ -21,6 +21,19 @@ def _cpu_supports(z: Tensor, experts: Tensor) -> str | None:
     if reason is None and z.ndim == 2:
         reason = "rows with a gate each are one matrix product, which BLAS does"
     return reason
+
+
+def _triton_supports(z: Tensor, experts: Tensor, _bias: Tensor | None, gate_weight: Tensor, *_: Any) -> str | None:
+    reason: str | None = _triton.missing(z.device)
+    return reason or _triton.kernels("gated_experts").supports(z, experts, gate_weight)
+
+
+def _triton_forward(*arguments: Any) -> Any:
+    return _triton.kernels("gated_experts").forward(*arguments)
+
+
+def _triton_backward(*arguments: Any) -> Any:
+    return _triton.kernels("gated_experts").backward(*arguments)
 
 
 class _Launch:
@@ -98,6 +111,7 @@ forward_implementations = Dispatcher(
     "gated_experts",
     [
         Implementation(Backend.CPU, _native_forward, lambda z, experts, *_: _cpu_supports(z, experts)),
+        Implementation(Backend.TRITON, _triton_forward, _triton_supports),
         Implementation(Backend.REFERENCE, reference.gated_experts),
     ],
 )
@@ -105,6 +119,7 @@ backward_implementations = Dispatcher(
     "gated_experts_backward",
     [
         Implementation(Backend.CPU, _native_backward, lambda _d, _g, z, experts, *_: _cpu_supports(z, experts)),
+        Implementation(Backend.TRITON, _triton_backward, lambda _d, _g, *given: _triton_supports(*given)),
         Implementation(Backend.REFERENCE, reference.gated_experts_backward),
     ],
 )

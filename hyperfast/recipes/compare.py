@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from hyperfast import env_report
 from hyperfast.analysis import require_matplotlib
 from hyperfast.data import DeviceLoader, ImageSet, Splits
 from hyperfast.recipes import checkpoint
+from hyperfast.recipes.compare_report import page as compare_page
 from hyperfast.recipes.compare_report import write_results
 from hyperfast.recipes.comparison import ComparedRun, Comparison, Record, TeacherAccuracy, run_folder
 from hyperfast.recipes.config import TrainConfig
@@ -33,6 +34,9 @@ from hyperfast.recipes.training import RunOptions, train
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from hyperfast.analysis import Report
+    from hyperfast.recipes.result import TrainResult
+
 logger = logging.getLogger(__name__)
 
 # They change how a run is computed, not what; and the seed is each run's own.
@@ -42,8 +46,23 @@ _TINY_LR = 1e-9
 Student = Callable[[str, int], nn.Module]
 
 
+class Procedure(Protocol):
+    """How a student is trained, where neither `train` nor `distill` says it all."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Its settings as JSON, by which a comparison is gone on with; `weights` has those of its terms by name."""
+
+    def train(
+        self, model: nn.Module, teacher: nn.Module, data: Splits, config: TrainConfig, **run: Unpack[RunOptions]
+    ) -> TrainResult:
+        """Train `model`, as `distill` does."""
+
+
+Training: TypeAlias = DistillConfig | Procedure | None
+
+
 def compare(
-    methods: Mapping[str, DistillConfig | None],
+    methods: Mapping[str, Training],
     student: Student,
     teacher: nn.Module,
     data: Splits,
@@ -56,6 +75,7 @@ def compare(
     progress: bool = False,
     tensorboard: bool = False,
     on_run: Callable[[ComparedRun], object] | None = None,
+    page: Callable[[Comparison], Report] = compare_page,
 ) -> Comparison:
     """Train a student by every method with every seed; all of them in the same way otherwise.
 
@@ -63,7 +83,8 @@ def compare(
     first tables have all of them. After each seed the tables and the page are written anew.
 
     Args:
-        methods: what each student is distilled with, by name; None: it learns from the labels alone (`train`).
+        methods: what each student is distilled with, by name; None: it learns from the labels alone (`train`);
+            or a `Procedure`.
         student: called with method and seed, returns a new student. Torch's random state is the seed's meanwhile, and
             is put back. A method may be another student, such as an ordinary network or another initialisation.
         teacher: as in `distill`.
@@ -78,6 +99,7 @@ def compare(
         progress: show a progress bar over all runs.
         tensorboard: also write TensorBoard events.
         on_run: called after each run with what came of it.
+        page: makes the page.
 
     Returns:
         All that the folder holds. A run that failed is in it with its message; it has stopped no other.
@@ -127,22 +149,22 @@ def compare(
                 if on_run is not None:
                     on_run(record.state(method, seed))
                 if pending[index + 1 : index + 2] and pending[index + 1][1] != seed:
-                    write_results(Comparison.load(folder))
+                    write_results(Comparison.load(folder), page)
             except KeyboardInterrupt as interrupt:
-                write_results(Comparison.load(folder))
+                write_results(Comparison.load(folder), page)
                 done = len(asked) - len(pending) + index
                 raise KeyboardInterrupt(
                     f"stopped in {method}, seed {seed}, after {done} of {len(asked)} runs; the same again goes on from "
                     "there"
                 ) from interrupt
     comparison = Comparison.load(folder)
-    write_results(comparison)
+    write_results(comparison, page)
     return comparison
 
 
 def _attempt(
     record: Record,
-    method: DistillConfig | None,
+    method: Training,
     student: Student,
     teacher: nn.Module,
     data: Splits,
@@ -183,7 +205,7 @@ def _new(student: Student, name: tuple[str, int], config: TrainConfig) -> nn.Mod
 
 def _train(
     model: nn.Module,
-    method: DistillConfig | None,
+    method: Training,
     teacher: nn.Module,
     data: Splits,
     config: TrainConfig,
@@ -191,12 +213,14 @@ def _train(
 ) -> None:
     if method is None:
         train(model, data, config, **run)
-    else:
+    elif isinstance(method, DistillConfig):
         distill(model, teacher, data, config, method, **run)
+    else:
+        method.train(model, teacher, data, config, **run)
 
 
 def _launches(
-    model: nn.Module, method: DistillConfig | None, teacher: nn.Module, data: Splits, config: TrainConfig
+    model: nn.Module, method: Training, teacher: nn.Module, data: Splits, config: TrainConfig
 ) -> int | None:
     """Kernels of one training step, on a model that is not needed afterwards."""
     counter = LaunchCounter(config.torch_device())
@@ -238,10 +262,12 @@ def _settings(config: TrainConfig, data: Splits, teacher: nn.Module) -> dict[str
     }
 
 
-def _describe(method: DistillConfig | None) -> dict[str, Any] | None:
+def _describe(method: Training) -> dict[str, Any] | None:
     """A method as JSON, with the weights that it comes to; what JSON has no word for, by its name."""
     if method is None:
         return None
+    if not isinstance(method, DistillConfig):
+        return dict(method.describe())
     plain: dict[str, Any] = json.loads(
         json.dumps(asdict(method), default=lambda value: getattr(value, "__qualname__", type(value).__qualname__))
     )
@@ -249,7 +275,7 @@ def _describe(method: DistillConfig | None) -> dict[str, Any] | None:
     return {**plain, "weights": {name: weight for name, weight in weights.items() if weight}}
 
 
-def _check(methods: Mapping[str, DistillConfig | None], seeds: Sequence[int]) -> None:
+def _check(methods: Mapping[str, Training], seeds: Sequence[int]) -> None:
     for what, given in (("methods", methods), ("seeds", seeds)):
         if not given:
             raise ValueError(f"{what} is empty; give at least one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ _ACCURACIES = {
 }
 
 
-def write_results(comparison: Comparison) -> Path:
+def write_results(comparison: Comparison, make_page: Callable[[Comparison], Report]) -> Path:
     """Write `results.csv`, `results.json` and `report.html` into the folder of a comparison; returns the page."""
     rows = [_teacher_row(comparison), *(_run_row(comparison, run) for run in comparison.runs)]
     with (comparison.folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
@@ -52,7 +52,7 @@ def write_results(comparison: Comparison) -> Path:
         "environments": comparison.environments,
     }  # fmt: skip
     (comparison.folder / "results.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    return page(comparison).write(comparison.folder / PAGE)
+    return make_page(comparison).write(comparison.folder / PAGE)
 
 
 def table(comparison: Comparison, brief: bool = False) -> tuple[list[str], list[list[str | None]]]:
@@ -122,7 +122,7 @@ def page(comparison: Comparison) -> Report:
         f"{len(states)} runs finished.",
     )
     report.section("Results")
-    report.table(*table(comparison), _caption(comparison))
+    report.table(*table(comparison), caption(comparison))
     if failures := failed(comparison):
         report.facts(failures)
     baseline = comparison.baseline
@@ -135,12 +135,25 @@ def page(comparison: Comparison) -> Report:
             f"in points of a percent: mean and standard deviation of the differences, and each of them. n is the "
             "number of seeds that both have finished.",
         )
+    methods = training_section(report, comparison)
+    if methods:
+        report.section("Accuracy and cost")
+        _accuracy_and_cost(report, comparison, methods)
+    settings_section(report, comparison)
+    return report
+
+
+def training_section(report: Report, comparison: Comparison) -> list[SeedRuns]:
+    """The curves of the methods of which a run has finished; returns these."""
     methods = [runs for method in comparison.methods if (runs := comparison.of(method)).results]
     if methods:
         report.section("Training")
         _curves(report, comparison, methods)
-        report.section("Accuracy and cost")
-        _accuracy_and_cost(report, comparison, methods)
+    return methods
+
+
+def settings_section(report: Report, comparison: Comparison) -> None:
+    """What the methods minimise, the settings and the machine."""
     report.section("Methods")
     report.text("What each of them minimises, with its weights:")
     report.facts({name: _objective(method) for name, method in comparison.methods.items()})
@@ -148,7 +161,6 @@ def page(comparison: Comparison) -> Report:
     report.facts({name: _flat_text(value) for name, value in comparison.settings.items()})
     report.section("Machine")
     report.facts(_machine(comparison.environments))
-    return report
 
 
 def _curves(report: Report, comparison: Comparison, methods: Sequence[SeedRuns]) -> None:
@@ -192,7 +204,8 @@ def _accuracy_and_cost(report: Report, comparison: Comparison, methods: Sequence
     )
 
 
-def _caption(comparison: Comparison) -> str:
+def caption(comparison: Comparison) -> str:
+    """What the columns of `table` are."""
     images = comparison.settings["images"]
     gpu = bool(comparison.launches)
     text = (

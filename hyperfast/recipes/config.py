@@ -18,7 +18,9 @@ class TrainConfig:
         epochs: passes over the training set.
         batch_size: images per step.
         optimizer: `"sgd"` or `"adamw"`.
-        lr: learning rate after warm-up. It then falls to 0 along half a cosine.
+        lr: learning rate after warm-up.
+        lr_steps: shares of the training after which the learning rate is a tenth of what it was, such as 0.625 0.75
+            0.875; None: it falls to 0 along half a cosine.
         momentum: of SGD; beta_1 of AdamW is 0.9 whatever this is.
         nesterov: Nesterov momentum (SGD).
         weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
@@ -46,6 +48,7 @@ class TrainConfig:
     batch_size: int = 128
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
+    lr_steps: tuple[float, ...] | None = None
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
@@ -74,6 +77,9 @@ class TrainConfig:
         _require(self.optimizer in ("sgd", "adamw"), "optimizer", self.optimizer, "'sgd' or 'adamw'")
         _require(self.amp in ("none", "bf16", "fp16"), "amp", self.amp, "'none', 'bf16' or 'fp16'")
         _require(self.lr > 0, "lr", self.lr, "above 0")
+        steps = self.lr_steps or ()
+        rising = all(a < b for a, b in zip((0, *steps), (*steps, 1), strict=True))
+        _require(rising, "lr_steps", self.lr_steps, "rising shares of the training in (0, 1), or None")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(self.momentum > 0 or not self.nesterov, "momentum", self.momentum, "above 0 with nesterov=True")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")

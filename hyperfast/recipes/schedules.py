@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,16 @@ def cosine_with_warmup(step: int, total: int, warmup: int = 0, final: float = 0.
         return (step + 1) / (warmup + 1)
     share = (step - warmup) / max(1, total - warmup)
     return final + (1 - final) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def steps_with_warmup(step: int, total: int, warmup: int, shares: Sequence[float]) -> float:
+    """Factor of the learning rate at a step: after the linear rise of `cosine_with_warmup` 1, and a tenth of that after
+    each of `shares` of the whole run.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    factor: float = 0.1 ** sum(step >= share * total for share in shares)
+    return factor
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ def _help(capsys: pytest.CaptureFixture[str], command: str) -> str:
             "compress",
             ["--hidden", "--phase2", "--rounds", "3 h^2 + 253 h + 9", "OUT.run", "hyperfast compress resnet20"],
         ),
-        ("export", ["--condition", ".safetensors", ".pt2", ".onnx", "hyperfast export runs/"]),
+        ("inherit", ["--rank", "--heads", "--kd", "--enough", "--recalibrate", "runs/inherit-DATASET-MODEL"]),
+        ("export", ["--fold", "--condition", ".safetensors", ".pt2", ".onnx", "hyperfast export runs/"]),
         ("reconstruct", ["--out", "against convolutions", "hyperfast reconstruct r20.hf.safetensors --out"]),
         ("analyze", ["--dataset", "1000 on the CPU", "--severities", "--force", "hyperfast analyze resnet20"]),
         ("demo", ["--seeds", "runs of each method", "runs/demo", "hyperfast demo --seeds 1"]),
@@ -55,7 +56,8 @@ def test_help_of_training_settings_says_units_and_defaults(capsys: pytest.Captur
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    commands = ("train", "distill", "compare", "compress", "export", "reconstruct", "analyze", "demo", "env")
+    commands = ("train", "distill", "compare", "compress", "inherit", "export", "reconstruct")
+    commands += ("analyze", "demo", "env")
     for command in commands:
         assert f"  {command}" in text
     assert main([]) == 2

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hyperfast.kernels.config import Configuration
 
 MODULES = ("generate", "attention_transfer", "predict", "gram", "similarity_preserving", "relational_distance_angle")
-MODULES += ("flow_of_solution",)
+MODULES += ("flow_of_solution", "gated_experts")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY = 99 * 1024  # what consumer GPUs allow a program; A100 163 KiB, H100 227 KiB

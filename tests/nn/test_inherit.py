@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -205,6 +206,8 @@ def test_the_report_says_what_became_of_every_layer() -> None:
         "mlp": None,
         "fc": "it is the classifier",
     }
+    kept = [row.energy for row in report.rows if row.reason is None]
+    assert len(kept) == 2 and report.energy == pytest.approx(sum(kept) / 2)
     text = str(report)
     assert "conv: Conv2d [16, 12, 3, 3], rank 3 of 16, energy 0." in text
     assert "depthwise: Conv2d [16, 1, 3, 3] left as it is, a depthwise convolution has rank 1" in text
@@ -293,6 +296,15 @@ def test_load_balance_is_zero_for_even_heads() -> None:
     assert layer.gates.grad is not None and layer.gates.grad.any()
 
 
+def test_gates_with_a_graph_stay_behind_in_a_copy() -> None:
+    student, _ = inherit(net(), rank=3)
+    student(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    for copied in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert copied.conv.gates is None
+        assert torch.equal(copied.conv.experts, student.conv.experts)  # type: ignore[union-attr,arg-type]
+    assert student.conv.gates.requires_grad  # type: ignore[union-attr]
+
+
 def test_recalibrated_norms_have_the_statistics_of_what_they_see() -> None:
     student, _ = inherit(net(), rank=1, only_smaller=False)
     batches = [torch.randn(16, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
@@ -340,6 +352,8 @@ def test_a_student_trains_and_its_teacher_is_left() -> None:
         ({"rank": 2, "include": ["block*"]}, r"include: 'block\*' matches no layer. Layers: stem, conv, depthwise"),
         ({"rank": 2, "exclude": ["x"]}, "exclude: 'x' matches no layer"),
         ({"rank": 2, "calibration": []}, "calibration shows nothing to stem, conv, mlp"),
+        ({"rank": 99, "include": ["conv"]}, "layer 'conv' was asked for by name and cannot be replaced: rank 99 is"),
+        ({"rank": 2, "include": ["conv", "depthwise"]}, "layer 'depthwise' .* cannot be replaced: a depthwise conv"),
     ],
 )
 def test_what_cannot_be_is_named(options: dict[str, Any], message: str) -> None:

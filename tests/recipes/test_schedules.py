@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hyperfast.recipes.schedules import TapWeights, cosine_with_warmup
+from hyperfast.recipes.schedules import TapWeights, cosine_with_warmup, steps_with_warmup
 
 
 def test_cosine_starts_at_one_and_ends_near_zero() -> None:
@@ -22,6 +22,15 @@ def test_warmup_rises_linearly_to_the_cosine() -> None:
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[12] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
     assert [cosine_with_warmup(step, 3, warmup=3) for step in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_steps_divide_by_ten() -> None:
+    factors = [steps_with_warmup(step, 240, 3, (150 / 240, 0.75, 0.875)) for step in range(240)]
+    assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert set(factors[3:150]) == {1.0}
+    assert factors[150] == factors[179] == pytest.approx(0.1)
+    assert factors[180] == factors[209] == pytest.approx(0.01)
+    assert factors[210] == factors[239] == pytest.approx(0.001)
 
 
 def test_uniform_tap_weights() -> None:

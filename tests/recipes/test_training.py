@@ -300,6 +300,8 @@ def test_data_and_model_must_fit() -> None:
         ("momentum", 0.0, "expected above 0 with nesterov=True"),
         ("amp", "fp8", "amp is 'fp8'; expected 'none', 'bf16' or 'fp16'"),
         ("optimizer", "lion", "expected 'sgd' or 'adamw'"),
+        ("lr_steps", (0.5, 0.4), r"expected rising shares of the training in \(0, 1\), or None"),
+        ("lr_steps", (0.5, 1.0), r"expected rising shares"),
         ("warmup_epochs", 50.0, r"expected in \[0, 40\]"),
         ("label_smoothing", 1.0, "label_smoothing is 1"),
         ("ema", 1.0, "ema is 1"),
