@@ -17,18 +17,22 @@ from hyperfast.models.shufflenet import (
     shufflenetv2_x1_5,
     shufflenetv2_x2_0,
 )
+from hyperfast.models.tokens import MlpMixer, VisionTransformer, mixer_tiny32, vit_tiny32
 from hyperfast.models.vgg import VGG, vgg11_bn, vgg13_bn, vgg16_bn, vgg19_bn
 from hyperfast.models.weights import Checkpoint, load_weights, read_checkpoint
 
 __all__ = [
     "VGG",
     "Checkpoint",
+    "MlpMixer",
     "MobileNetV2",
     "RepVGG",
     "ResNet",
     "ShuffleNetV2",
+    "VisionTransformer",
     "create",
     "load_weights",
+    "mixer_tiny32",
     "mobilenetv2_x0_5",
     "mobilenetv2_x0_75",
     "mobilenetv2_x1_0",
@@ -51,4 +55,5 @@ __all__ = [
     "vgg13_bn",
     "vgg16_bn",
     "vgg19_bn",
+    "vit_tiny32",
 ]

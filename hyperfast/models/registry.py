@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hyperfast.models import mobilenet, repvgg, resnet, shufflenet, vgg
+from hyperfast.models import mobilenet, repvgg, resnet, shufflenet, tokens, vgg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -39,6 +39,8 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         repvgg.repvgg_a0,
         repvgg.repvgg_a1,
         repvgg.repvgg_a2,
+        tokens.vit_tiny32,
+        tokens.mixer_tiny32,
     )
 }
 
@@ -57,7 +59,8 @@ def create(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
         num_classes: width of the logits.
         options: passed on, after `num_classes`, as keywords. Own models have `in_channels` and `width` (channels of the
             first layer, the others in proportion), ResNets also `shortcut`, VGGs and MobileNets `dropout`, RepVGGs
-            `deploy`. For what the others take, see there.
+            `deploy`, the networks over patches `depth`, `patch` and `image_size`, the transformer `heads`. For what the
+            others take, see there.
 
     Raises:
         ValueError: an unknown name or option of an own model, with the nearest ones.
