@@ -23,7 +23,7 @@ _Named = TypeVar("_Named", "Case", "Provider")
 NAMES = ("generate", "attention_transfer", "predict", "rank_one_update", "ranger_update", "reconstruction_step")
 NAMES += ("permutation", "similarity_preserving", "relational_distance_angle", "flow_of_solution")
 NAMES += ("activation_boundary", "channel_wise_distillation", "fitnets", "unit_distance")
-NAMES += ("cross_entropy_distillation", "gated_experts", "training_step")
+NAMES += ("cross_entropy_distillation", "sub_logit_distillation", "gated_experts", "training_step")
 
 
 @dataclass(frozen=True)

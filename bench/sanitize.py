@@ -23,7 +23,7 @@ def main() -> int:
         return 1
     device, wrong = torch.device("cuda"), 0
     names = ("generate", "attention_transfer", "ranger_update", "similarity_preserving", "relational_distance_angle")
-    for name in (*names, "flow_of_solution", "cross_entropy_distillation", *_PAIRED):
+    for name in (*names, "flow_of_solution", "cross_entropy_distillation", "sub_logit_distillation", *_PAIRED):
         op = operation(name)
         for case in (case for case in op.cases if case.small):
             inputs = op.inputs(case.options, device, 0)

@@ -226,6 +226,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("grad"), py::arg("d_student"), py::arg("stream"));
   bind_paired_taps(m);
   bind_gated_experts(m);
+  bind_sub_logits(m);
 
   py::class_<RankOneParams>(m, "RankOneParams")
       .def(py::init([](int dtype, int rule, double weight_decay, double step_size, double shrink, double keep_first,

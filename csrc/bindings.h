@@ -18,5 +18,6 @@ inline void* pointer(Address address) { return reinterpret_cast<void*>(address);
 // The losses over pairs of maps.
 void bind_paired_taps(pybind11::module_& m);
 void bind_gated_experts(pybind11::module_& m);
+void bind_sub_logits(pybind11::module_& m);
 
 }  // namespace hyperfast

@@ -18,6 +18,7 @@
 #include "hyperfast/rank_one_update.h"
 #include "hyperfast/relational_distance_angle.h"
 #include "hyperfast/similarity_preserving.h"
+#include "hyperfast/sub_logit_distillation.h"
 #include "hyperfast/unit_distance.h"
 
 namespace hyperfast {
@@ -42,6 +43,7 @@ struct CpuKernels {
   void (*activation_boundary)(const ActivationBoundaryParams&, int threads);
   void (*channel_wise_distillation)(const ChannelWiseDistillationParams&, int threads);
   void (*fitnets)(const FitNetsParams&, int threads);
+  bool (*sub_logit_distillation)(const SubLogitParams&, int threads);  // false: a label is none of the classes
   void (*unit_distance)(const UnitDistanceParams&, int threads);
 };
 
@@ -65,6 +67,7 @@ struct CpuKernels {
   void activation_boundary(const ActivationBoundaryParams&, int);            \
   void channel_wise_distillation(const ChannelWiseDistillationParams&, int); \
   void fitnets(const FitNetsParams&, int);                                   \
+  bool sub_logit_distillation(const SubLogitParams&, int);                   \
   void unit_distance(const UnitDistanceParams&, int);                        \
   inline CpuKernels kernels() {                                              \
     return {#isa,                                                            \
@@ -86,6 +89,7 @@ struct CpuKernels {
             activation_boundary,                                             \
             channel_wise_distillation,                                       \
             fitnets,                                                         \
+            sub_logit_distillation,                                          \
             unit_distance};                                                  \
   }                                                                          \
   }

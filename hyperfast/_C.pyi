@@ -6,6 +6,7 @@ with_cuda: bool
 cuda_archs: str
 max_layers: int
 max_taps: int
+most_sub_logits: int
 max_tables: int
 max_predict_layers: int
 max_ranger_tensors: int
@@ -188,6 +189,41 @@ class LogitParams:
     def set_forward(self, losses: int, shares: int) -> None: ...
     def set_backward(self, grad: int, d_student: int, stream: bool) -> None: ...
 
+class SubLogitParams:
+    def __init__(
+        self,
+        *,
+        dtype: int,
+        detach: bool,
+        fused: bool,
+        mean: bool,
+        temperature: float,
+        smoothing: float,
+        lambda_s: float,
+        lambda_t: float,
+        theta: float,
+        rows: int,
+        stages: int,
+        count: int,
+        classes: int,
+        student: int,
+        teacher: int,
+        sub_logits: int,
+        labels: int,
+        weights: int,
+    ) -> None: ...
+    def set_results(
+        self,
+        *,
+        total: int,
+        components: int,
+        shares: int,
+        sums: int,
+        d_student: int,
+        d_sub_logits: int,
+        stream: bool,
+    ) -> None: ...
+
 class RankOneParams:
     def __init__(
         self,
@@ -292,6 +328,7 @@ def gated_experts_cpu(params: GatedExpertsParams, threads: int) -> None: ...
 def activation_boundary_cpu(params: ActivationBoundaryParams, threads: int) -> None: ...
 def channel_wise_distillation_cpu(params: ChannelWiseDistillationParams, threads: int) -> None: ...
 def fitnets_cpu(params: FitNetsParams, threads: int) -> None: ...
+def sub_logit_distillation_cpu(params: SubLogitParams, threads: int) -> None: ...
 def unit_distance_cpu(params: UnitDistanceParams, threads: int) -> None: ...
 
 # Only where `with_cuda`.
@@ -308,4 +345,5 @@ def channel_wise_distillation_cuda(
     params: ChannelWiseDistillationParams, ticket: int, stream: int, device: int
 ) -> None: ...
 def fitnets_cuda(params: FitNetsParams, ticket: int, stream: int, device: int) -> None: ...
+def sub_logit_distillation_cuda(params: SubLogitParams, ticket: int, stream: int, device: int) -> None: ...
 def unit_distance_cuda(params: UnitDistanceParams, ticket: int, stream: int, device: int) -> None: ...

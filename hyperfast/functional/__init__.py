@@ -19,9 +19,11 @@ from hyperfast.functional.ranger_update import ranger_update
 from hyperfast.functional.rank_one_update import adam_rank_one, sgd_rank_one
 from hyperfast.functional.relational_distance_angle import relational_distance_angle, relational_statistics
 from hyperfast.functional.similarity_preserving import similarity_preserving, similarity_statistics
+from hyperfast.functional.sub_logit_distillation import SubLogitLosses, sub_logit_distillation
 from hyperfast.functional.unit_distance import unit_distance
 
 __all__ = [
+    "SubLogitLosses",
     "activation_boundary",
     "adam_rank_one",
     "attention_transfer",
@@ -47,5 +49,6 @@ __all__ = [
     "similarity_preserving",
     "similarity_statistics",
     "squared_error",
+    "sub_logit_distillation",
     "unit_distance",
 ]

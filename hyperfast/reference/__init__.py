@@ -60,6 +60,12 @@ from hyperfast.reference.similarity_preserving import (
     similarity_preserving_forward,
     similarity_statistics,
 )
+from hyperfast.reference.sub_logit_distillation import (
+    SUB_LOGIT_COMPONENTS,
+    sub_logit_distillation,
+    sub_logit_distillation_forward,
+    sub_logit_distillation_gradients,
+)
 from hyperfast.reference.unit_distance import unit_distance, unit_distance_backward, unit_distance_forward
 
 __all__ = [
@@ -74,6 +80,7 @@ __all__ = [
     "PREDICT_ACTIVATIONS",
     "REDUCTIONS",
     "SIMILARITIES",
+    "SUB_LOGIT_COMPONENTS",
     "activation_boundary",
     "activation_boundary_backward",
     "activation_boundary_forward",
@@ -115,6 +122,9 @@ __all__ = [
     "similarity_statistics",
     "squared_error",
     "squared_error_with_gradient",
+    "sub_logit_distillation",
+    "sub_logit_distillation_forward",
+    "sub_logit_distillation_gradients",
     "unit_distance",
     "unit_distance_backward",
     "unit_distance_forward",

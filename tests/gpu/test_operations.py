@@ -312,6 +312,50 @@ def test_cross_entropy_distillation_shows_a_label_that_is_none_of_the_classes() 
     assert losses[0].isnan() and not losses[1].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [10, 100, 1000, 1003])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("orthogonality", ["fused", "sub"])
+def test_sub_logit_distillation_agrees_with_float64(
+    orthogonality: str, count: int, classes: int, dtype: torch.dtype
+) -> None:
+    student, teacher, sub_logits = (2 * torch.randn(19, *more, classes).to(dtype) for more in ((), (), (3, count)))
+    labels, results = torch.randint(classes, (19,)), []
+    for backend, device, kind in (("reference", "cpu", torch.float64), ("cuda", "cuda", dtype)):
+        leaves = [x.to(device, kind).requires_grad_() for x in (student, sub_logits)]
+        with hyperfast.use_backend(backend):
+            losses = functional.sub_logit_distillation(
+                leaves[0],
+                teacher.to(device, kind),
+                leaves[1],
+                labels.to(device),
+                temperature=3.0,
+                orthogonality=orthogonality,
+                theta=-0.2,
+            )
+        results.append([losses.total.detach(), losses.components, *torch.autograd.grad(1000 * losses.total, leaves)])
+    bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for index, (found, expected) in enumerate(zip(results[1], results[0], strict=True)):
+        assert _relative_error(found, expected) < (1e-5 if index < 2 else bound)
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_sub_logit_distillation_is_one_launch(classes: int) -> None:
+    student, teacher = torch.randn(64, classes, device="cuda"), torch.randn(64, classes, device="cuda")
+    sub_logits, labels = torch.randn(64, 4, 4, classes, device="cuda"), torch.randint(classes, (64,), device="cuda")
+    weights, options = torch.ones(4, device="cuda"), (0.1, 1.0, 1.0, 1.0, 0.5, False, True, False)
+    with hyperfast.use_backend("cuda"):
+        given = (student, teacher, sub_logits, labels, weights, *options)
+        forward = _kernels(lambda: torch.ops.hyperfast.sub_logit_distillation(*given))
+    assert len(forward) == 1, forward
+
+
+def test_sub_logit_distillation_shows_a_label_that_is_none_of_the_classes() -> None:
+    student, labels = torch.randn(4, 10, device="cuda"), torch.tensor([1, 2, 10, 3], device="cuda")
+    losses = functional.sub_logit_distillation(student, student, torch.randn(4, 2, 2, 10, device="cuda"), labels)
+    assert losses.components[0].isnan() and not losses.components[1].isnan()
+
+
 @pytest.mark.parametrize("hidden", [16, 45, 128])
 @pytest.mark.parametrize("rule", ["sgd", "nesterov", "adam", "adamw"])
 def test_rank_one_update_agrees_with_float64(rule: str, hidden: int) -> None:
@@ -380,3 +424,56 @@ def test_kernels_run_on_the_current_stream() -> None:
         actual = functional.generate(**inputs)
     stream.synchronize()
     assert torch.equal(actual, expected)
+
+
+GATED = {
+    "layer": {"z": (8, 16, 32, 32), "heads": 3, "outputs": 64, "bias": False},
+    "odd": {"z": (5, 6, 3, 5), "heads": 3, "outputs": 7, "bias": True},
+    "wide": {"z": (4, 100, 9, 8), "heads": 8, "outputs": 130, "bias": True},
+    "sixteen heads": {"z": (3, 40, 8, 8), "heads": 16, "outputs": 64, "bias": False},
+    "one head": {"z": (3, 8, 4, 4), "heads": 1, "outputs": 16, "bias": True},
+}
+
+
+def _gated_inputs(
+    z: tuple[int, ...], heads: int, outputs: int, bias: bool, dtype: torch.dtype
+) -> list[Tensor | None]:
+    rank = z[1]
+    given = [
+        torch.randn(z),
+        torch.randn(heads, outputs, rank) / rank**0.5,
+        torch.randn(heads, outputs) if bias else None,
+        torch.randn(heads, rank),
+        torch.randn(heads) if bias else None,
+    ]
+    return [None if x is None else x.to(dtype) for x in given]
+
+
+def _run_gated(given: list[Tensor | None], grad: Tensor, device: str, dtype: torch.dtype) -> list[Tensor]:
+    leaves = [None if x is None else x.to(device, dtype).requires_grad_() for x in given]
+    output, gates = functional.gated_experts(*leaves)  # type: ignore[arg-type]
+    some = [x for x in leaves if x is not None]
+    gradients = torch.autograd.grad(output, some, grad.to(output))
+    return [output.detach(), gates.detach(), *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_gated_experts_agree_with_float64_and_repeat(case: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given = _gated_inputs(**GATED[case], dtype=dtype)  # type: ignore[arg-type]
+    assert given[0] is not None and given[1] is not None
+    shape = (given[0].shape[0], given[1].shape[1], *given[0].shape[2:])
+    grad = torch.randn(shape).to(dtype)
+    with hyperfast.use_backend("reference"):
+        expected = _run_gated(given, grad, "cpu", torch.float64)
+        eager = _run_gated(given, grad, "cuda", dtype)
+    with hyperfast.use_backend("triton"):
+        actual = _run_gated(given, grad, "cuda", dtype)
+        again = _run_gated(given, grad, "cuda", dtype)
+    for index, (a, b, e, r) in enumerate(zip(actual, again, expected, eager, strict=True)):
+        assert a.dtype == r.dtype and torch.equal(a, b)
+        if GATED[case]["heads"] == 1 and e.abs().max() < 1e-9:
+            continue  # one gate is 1 whatever its logit
+        bound = max(2 * _relative_error(r, e), 1e-6)
+        assert _relative_error(a, e) <= bound, f"output {index}"

@@ -13,6 +13,7 @@
 #include "common/fitnets.h"
 #include "common/generate.h"
 #include "common/rank_one_update.h"
+#include "common/sub_logit_distillation.h"
 #include "common/ranger_update.h"
 #include "common/unit_distance.h"
 #include "cpu/group.h"
@@ -290,6 +291,58 @@ void test_logits(Divergence divergence, int64_t classes, double temperature, dou
   compare("logit gradient", a.gradient, b.gradient);
 }
 
+struct SubLogits {
+  std::vector<float> losses, d_student, d_sub_logits;
+};
+
+// `keep`: as the processor does it, with a stage's sub-logits and exponentials in memory.
+template <class Block>
+SubLogits compare_sub_logits(SubLogitParams p, bool keep) {
+  Block block;
+  const int64_t size = p.count * p.classes;
+  SubLogits out{std::vector<float>(kSubLogitComponents + 1, NAN), std::vector<float>(p.rows * p.classes, NAN),
+                std::vector<float>(p.rows * p.stages * size, NAN)};
+  std::vector<float> shares(kSubLogitComponents * p.rows, NAN), sums(p.rows * p.classes, NAN), kept(3 * size, NAN);
+  p.total = out.losses.data() + kSubLogitComponents;
+  p.components = out.losses.data();
+  p.shares = shares.data();
+  p.d_student = out.d_student.data();
+  p.d_sub_logits = out.d_sub_logits.data();
+  block.partition(0, p.rows, [&](int64_t row, auto& lanes) {
+    SubLogitScratch<float> scratch{sums.data() + row * p.classes};
+    if (keep) scratch = {scratch.sums, kept.data(), kept.data() + size, kept.data() + 2 * size};
+    sub_logit_row<float>(lanes, p, row, scratch);
+  });
+  sub_logit_finish(block, p);
+  return out;
+}
+
+void test_sub_logits(int64_t classes, int64_t count, double temperature, bool fused) {
+  SubLogitParams p;
+  p.temperature = temperature;
+  p.smoothing = 0.1;
+  p.fused = fused;
+  p.theta = -0.1;
+  p.rows = 13;
+  p.stages = 3;
+  p.count = count;
+  p.classes = classes;
+  const auto student = draw(p.rows * classes), teacher = draw(p.rows * classes);
+  const auto sub_logits = draw(p.rows * p.stages * count * classes);
+  const std::vector<float> weights{1, 2, 6, 3};
+  std::vector<int64_t> labels(p.rows);
+  for (int64_t row = 0; row < p.rows; ++row) labels[row] = row * (classes - 1) / 12;
+  p.student = student.data();
+  p.teacher = teacher.data();
+  p.sub_logits = sub_logits.data();
+  p.labels = labels.data();
+  p.weights = weights.data();
+  const SubLogits a = compare_sub_logits<GpuBlock>(p, false), b = compare_sub_logits<native::Block<float>>(p, true);
+  compare("sub-logit losses", a.losses, b.losses);
+  compare("sub-logit gradient by the student", a.d_student, b.d_student);
+  compare("sub-logit gradient by sub-logits", a.d_sub_logits, b.d_sub_logits);
+}
+
 struct Paired {
   std::vector<float> losses, measures, gradient;
 };
@@ -460,6 +513,9 @@ int main() {
   for (Divergence divergence : {Divergence::kKl, Divergence::kStable, Divergence::kMultiStable})
     for (int64_t classes : {10, 64, 5003}) test_logits(divergence, classes, 4, 0.1);
   test_logits(Divergence::kKl, 1000, 1, 0);
+  test_sub_logits(64, 4, 1, true);
+  test_sub_logits(101, 3, 3, false);
+  test_sub_logits(10, 8, 3, true);
   test_paired_losses();
   test_rank_one<UpdateRule::kSgd>(30, 16, {});
   test_rank_one<UpdateRule::kMomentum>(30, 45, {});

@@ -109,6 +109,18 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 found.append([losses.detach(), *torch.autograd.grad(losses.sum() * 1000, leaf)])
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=1e-5 if dtype.itemsize > 2 else 2e-2, atol=1e-4)
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    student, teacher, sub_logits = (torch.randn(6, *more, 77).mul(4).to(dtype) for more in ((), (), (2, 3)))
+    labels = torch.tensor([0, 76, 3, 9, 64, 5])
+    for options in ({{}}, {{"temperature": 3.0, "orthogonality": "sub", "theta": 0.0}}):
+        found = []
+        for backend in ("cpu", "reference"):
+            leaves = [student.clone().requires_grad_(), sub_logits.clone().requires_grad_()]
+            with hyperfast.use_backend(backend):
+                losses = functional.sub_logit_distillation(leaves[0], teacher, leaves[1], labels, **options)
+                found.append([losses.components, *torch.autograd.grad(losses.total, leaves)])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-4 if dtype.itemsize > 2 else 2e-2, atol=1e-4)
 weights = [torch.randn(5, 4, requires_grad=True), torch.randn(19, 5, requires_grad=True)]
 biases = [torch.randn(5, requires_grad=True), torch.randn(19, requires_grad=True)]
 head, theta0 = torch.randn(1001, 19, requires_grad=True), torch.randn(1001, requires_grad=True)
