@@ -35,6 +35,8 @@ _NO_LIMIT = 10_000  # columns
 # Where a student starts from; `mip` is the hypernetwork of the options.
 STARTS = (PLAIN, MIP, *(scheme for scheme in SCHEMES if scheme != HypernetOptions.init))
 LOSSES = (*METHODS, "kd")
+# What is compared where nothing is asked for: the nine losses between like networks, and the logits'.
+LAYER_WISE = ("at", "ab", "cwd", "fitnets", "fsp", "ft", "jacobian", "rkd", "sp", "kd")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Method:
         """`[noce:] [START +] LOSS[=WEIGHT][@FROM:TO] [+ ...]`, or a START alone.
 
         Raises:
-            ValueError: an unknown name, a name given twice, a weight that is no positive number; no labels and no loss.
+            ValueError: an unknown name, a name given twice, a weight that is no positive number; no labels and no loss,
+                or one that needs them.
         """
         prefix, colon, rest = text.partition(":")
         if not colon or "@" in prefix:  # the colon is of a part of the training
@@ -89,18 +92,21 @@ class Method:
             terms = parse_losses(losses)
         except ValueError as error:
             raise ValueError(f"--method {text!r}: {str(error).removeprefix('--loss ')}") from None
+        labelled = [name for name in terms if name in METHODS and METHODS[name].labels]
+        if prefix and labelled:
+            raise ValueError(f"--method {text!r}: {labelled[0]} has the labels in it; leave {prefix}: out")
         written = tuple(_written(name, term) for name, term in terms.items())
         return cls(starts[0] if starts else MIP, written, not prefix)
 
 
 def parse_methods(given: Sequence[str], hypernetize: bool) -> dict[str, Method]:
-    """The methods by name; none given: the labels alone, and every loss.
+    """The methods by name; none given: the labels alone, and each of `LAYER_WISE`.
 
     Raises:
         ValueError: as `Method.parse`; a method given twice; one that needs a hypernetwork where there is none.
     """
     methods: dict[str, Method] = {}
-    for text in given or (MIP if hypernetize else PLAIN, *LOSSES):
+    for text in given or (MIP if hypernetize else PLAIN, *LAYER_WISE):
         method = Method.parse(text)
         if method.name in methods:
             raise ValueError(f"--method {method.name} is given more than once")
@@ -120,8 +126,8 @@ class Compare(Distill):
         method: what to compare; may be given many times. plain (the network itself, labels alone), mip (hypernetised,
             labels alone), hyperfan_in, hyperfan_out or bias_hyperinit (labels alone, with this --init), any --loss of
             "hyperfast distill", hypernetised and with labels (at, at=500), several of them with + (at=500+kd=0.9, or
-            plain+at, hyperfan_in+kd), and noce: in front of losses for no labels (noce:at+kd). Default: mip and every
-            loss.
+            plain+at, hyperfan_in+kd), and noce: in front of losses for no labels (noce:at+kd). Default: mip, the nine
+            layer-wise losses and kd.
         seeds: runs of each method; their seeds are --seed and those after it.
         retry: run those again that have failed.
         out: folder of the comparison. Default: runs/compare-DATASET-MODEL. A comparison that is there already, with the
@@ -231,20 +237,20 @@ def _say(run: ComparedRun, console: Console) -> None:
 
 
 def _print(comparison: Comparison, console: Console) -> None:
-    shown = _sized(console, *table(comparison), title=f"{comparison.folder}")
+    shown = sized(console, *table(comparison), title=f"{comparison.folder}")
     if shown.width is None:
-        shown = _sized(console, *table(comparison, brief=True), title=f"{comparison.folder}")
+        shown = sized(console, *table(comparison, brief=True), title=f"{comparison.folder}")
     console.print(shown, crop=False)
     baseline = comparison.baseline
     if baseline is not None and (pairs := comparison.paired(baseline)):
         title = f"accuracy against {baseline}, seed by seed"
-        console.print(_sized(console, *paired_table(pairs), title=title), crop=False)
+        console.print(sized(console, *paired_table(pairs), title=title), crop=False)
     for runs, message in failed(comparison).items():
         console.print(f"{runs} {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{comparison.folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _sized(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str | None]], title: str) -> Table:
+def sized(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str | None]], title: str) -> Table:
     """As wide as it would like to be, in a log or where the terminal has room for that."""
     shown = terminal_table(columns, rows, title)
     wanted = Measurement.get(console, console.options.update(max_width=_NO_LIMIT), shown).maximum

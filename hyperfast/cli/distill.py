@@ -42,7 +42,11 @@ class Distill:
             default), cwd (channel-wise distillation, 3), fitnets (squared difference over the teacher's variance, 1),
             fsp (flow of solution, 50), ft (factor transfer, 200), sp (similarity preserving, 3000). At the activations:
             ab (activation boundary, 10), fmd (NeRN's feature maps, 1). At the embedding: rkd (relational, 1). And
-            jacobian (gradients of the logits by the images, 20), kd (softened logits, 1).
+            jacobian (gradients of the logits by the images, 20), kd (softened logits, 1). Between architectures: hcd
+            (complementary distillation, 1, in the place of the labels' loss, which is part of it), hcd_stable (the same
+            with gentler settings), ofa (exits behind the stages, 1), ickd (channels that go together, 2.5), hcl (pooled
+            differences, 1), icd (alike cells, 1), frequency (magnitudes, 1); at the embedding infonce (contrast, 1),
+            wcord (transport, 1); at the logits sinkd (transport, 0.0008).
         teacher_model: of the teacher. Default: that of --model, or what the run's own notes say.
         teacher_option: option of the teacher, such as shortcut=B or width=32; may be given several times. By default
             shortcut, width and channels of ResNets and VGGs are seen from the weights.
@@ -120,7 +124,7 @@ as in "hyperfast train"."""
         """The images, the teacher's network, the teacher, the student's network."""
         splits = self.images.load()
         spec, teacher = self._teacher(splits)
-        _check_fits(spec, splits)
+        check_fits(spec, splits)
         if teacher.mean is not None and teacher.std is not None:
             splits = splits.normalised(teacher.mean, teacher.std)
             console.print(
@@ -182,7 +186,8 @@ def measure_teacher(teacher: nn.Module, splits: Splits, config: TrainConfig) -> 
     return name, accuracy
 
 
-def _check_fits(teacher: Network, splits: Splits) -> None:
+def check_fits(teacher: Network, splits: Splits) -> None:
+    """Raise a ValueError unless a teacher has as many classes and channels as the images."""
     classes, channels = len(splits.train.classes), splits.train.images.shape[1]
     if teacher.classes < classes:
         raise ValueError(f"the teacher tells {teacher.classes} classes apart; the images have {classes}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 import hyperfast
 from hyperfast import models
 from hyperfast.cli.options import HypernetOptions
+from hyperfast.nn import build_inherited, check_gates
 from hyperfast.recipes import checkpoint
 
 RUN = "run.json"
 _OF_RUN = ("best.safetensors", "last.safetensors", "checkpoint.safetensors")
 _CLASSIFIERS = ("fc", "linear", "classifier", "classifier.1", "classifier.6")
-# The first convolution of hyperfast's own models: ResNet, VGG, MobileNet, ShuffleNet, RepVGG and fused RepVGG.
-_STEMS = ("conv1", "features.0", "features.0.0", "conv1.0", "stage0.rbr_dense.conv", "stage0.rbr_reparam")
+# The first convolution of hyperfast's own models: ResNet, VGG, MobileNet, ShuffleNet, RepVGG, fused RepVGG and the
+# networks over patches.
+_STEMS = ("conv1", "features.0", "features.0.0", "conv1.0", "stage0.rbr_dense.conv", "stage0.rbr_reparam", "embed")
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,14 @@ class Network:
         classes: width of the logits.
         options: of the model.
         hypernet: of the hypernetwork; None for an ordinary network.
+        inherited: layers of low rank, as `nn.inherited_layers` describes them; None: the layers of the model.
     """
 
     model: str
     classes: int
     options: Mapping[str, Any] = field(default_factory=dict)
     hypernet: HypernetOptions | None = None
+    inherited: Mapping[str, Any] | None = None
 
     def build(self, seed: int, weights: Path | None = None) -> nn.Module:
         """A freshly initialised network; the global random state is left as it was.
@@ -55,6 +60,8 @@ class Network:
                 model = models.create(self.model, self.classes, **self.options)
             except (TypeError, AttributeError) as error:
                 raise ValueError(f"model {self.model!r} cannot be made: {error}") from error
+            if self.inherited is not None:
+                build_inherited(model, self.inherited)
             if weights is not None:
                 models.load_weights(model, weights)
             if self.hypernet is None:
@@ -71,7 +78,32 @@ class Network:
             values["classes"],
             values["options"],
             None if hypernet is None else HypernetOptions.from_json(hypernet),
+            values.get("inherited"),
         )
+
+    def metadata(self) -> dict[str, str]:
+        """What a file of its weights says about it; all that `load_trained` needs where layers are inherited."""
+        known = {"model": self.model, "classes": str(self.classes)}
+        if self.inherited is None:
+            return known
+        return known | {"options": json.dumps(dict(self.options)), "inherited": json.dumps(self.inherited)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> Network | None:
+        """The network of a file with inherited layers; None of another file.
+
+        Raises:
+            ValueError: the metadata are damaged.
+        """
+        if "inherited" not in metadata:
+            return None
+        try:
+            options, inherited = json.loads(metadata["options"]), json.loads(metadata["inherited"])
+            return cls(metadata["model"], int(metadata["classes"]), options, None, inherited)
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged: what it says about its inherited layers is unreadable ({error!r})"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -151,6 +183,7 @@ def load_run(path: Path) -> tuple[Run, nn.Module]:
     weights = saved.section("best") if saved.metadata.get("kind") == "training" else saved.tensors
     if not weights:
         raise ValueError(f"{path} is from before the end of the first epoch: there are no best weights in it yet")
+    check_gates(network, weights, str(path))
     checkpoint.load_module(network, weights, str(path))
     return run, network.eval()
 
@@ -170,7 +203,7 @@ def load_trained(path: Path, name: str | None, given: Mapping[str, Any], classes
 
     Args:
         path: folder of a run or one of the files in it; a safetensors file; a state dict of torch.save.
-        name: of the model; a run's own notes say it.
+        name: of the model; a run's own notes say it, and a file with inherited layers, whose word counts.
         given: options of the model, beside those that are seen from the weights.
         classes: where they are not seen from the weights.
 
@@ -181,11 +214,14 @@ def load_trained(path: Path, name: str | None, given: Mapping[str, Any], classes
     if (path.is_dir() or path.name in _OF_RUN) and (folder / RUN).exists():
         run, module = load_run(path)
         return Trained(run.network, module, run.mean, run.std)
-    if name is None:
-        raise ValueError(f"{path} does not say of which model it is; give its name, such as resnet20")
     saved = models.read_checkpoint(path)
-    network = Network(name, classes_in(saved.tensors) or classes, options_in(saved.tensors, name) | dict(given))
+    network = Network.from_metadata(saved.metadata, path)
+    if network is None:
+        if name is None:
+            raise ValueError(f"{path} does not say of which model it is; give its name, such as resnet20")
+        network = Network(name, classes_in(saved.tensors) or classes, options_in(saved.tensors, name) | dict(given))
     module = network.build(seed=0)
+    check_gates(module, saved.tensors, str(path))
     metadata = models.load_weights(module, path)
     mean, std = (numbers_in(metadata, key, path) for key in ("mean", "std"))
     return Trained(network, module.eval(), mean, std)
@@ -213,7 +249,19 @@ def options_in(tensors: Mapping[str, Tensor], model: str) -> dict[str, Any]:
         options["shortcut"] = "B" if any(".downsample." in name for name in tensors) else "A"
     if model.startswith("repvgg"):
         options["deploy"] = "stage0.rbr_reparam.weight" in tensors
+    if model.startswith(("vit", "mixer")):
+        options |= _options_of_patches(tensors, first.shape[-1])
     return options
+
+
+def _options_of_patches(tensors: Mapping[str, Tensor], patch: int) -> dict[str, Any]:
+    """Options of a network over patches; how many heads there are is not seen."""
+    if "positions" in tensors:
+        tokens = tensors["positions"].shape[1]
+    else:
+        tokens = tensors["stages.0.0.token_mlp.0.weight"].shape[1]
+    depth = sum(name.startswith("stages.") and name.endswith(".norm1.weight") for name in tensors)
+    return {"patch": patch, "depth": depth, "image_size": patch * math.isqrt(tokens)}
 
 
 def classes_in(tensors: Mapping[str, Tensor]) -> int | None:

@@ -150,8 +150,8 @@ class DistillOptions:
         cross_entropy_weight: weight of the labels; 0 leaves them out.
         labels_from: share of the training from which on the labels count, such as 0.3.
         temperature: of the softened logits.
-        taps: where the feature maps are read: stages, activations, embedding, or a glob over module paths; may be given
-            several times. Default: where each loss is meant to.
+        taps: where the feature maps are read: stages, activations, embedding, logits, or a glob over module paths; may
+            be given several times. Default: where each loss is meant to.
         teacher_taps: the same for a teacher whose modules have other names.
         tap_weight: weight of a feature map in all losses, as layer1=0.5; then every one is to be named. Default: all
             alike.

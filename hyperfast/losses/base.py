@@ -53,10 +53,8 @@ def pair_taps(student: Features, teacher: Features) -> tuple[list[str], list[Ten
     return names, students, [t.detach() if t.requires_grad else t for t in teachers]
 
 
-class FeatureLoss(nn.Module, ABC):
-    r"""A distillation loss over taps: :math:`\beta \sum_l \lambda_l L_l`, called as `loss(taps.student, taps.teacher)`.
-
-    A subclass gives the unweighted losses of all taps at once (`per_tap`), so that they can be one launch.
+class WeightedLoss(nn.Module):
+    r"""A sum of losses :math:`\beta \sum_l \lambda_l L_l`: the weights, and what is kept of the last forward.
 
     Args:
         weights: :math:`\lambda_l`, one number per tap: a sequence in call order, a mapping from tap name (`"layer1"`,
@@ -82,14 +80,6 @@ class FeatureLoss(nn.Module, ABC):
         self.warned: set[str] = set()
         self._resolved: tuple[object, Tensor] | None = None
 
-    @abstractmethod
-    def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor], expected_grad: Tensor) -> Tensor:
-        """Unweighted losses `[L]`, at least float32. The pairs have equal batch sizes and devices.
-
-        `expected_grad` `[L]` is what the gradient of the result will be if the total is the weighted sum plus other
-        terms: a loss may compute its gradients ahead for it, but must be right for any other.
-        """
-
     def default_weights(self, count: int) -> list[float]:
         """The weights of `count` taps where none were given: a mean."""
         return [1 / count] * count
@@ -98,22 +88,17 @@ class FeatureLoss(nn.Module, ABC):
         """What there is one loss for, by the names that `weights` knows: the taps, unless the loss says otherwise."""
         return taps
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
-        """The weighted sum, a scalar; gradients flow to the student's maps only.
-
-        Raises:
-            ValueError: unequal numbers of taps, batch sizes or devices; weights that do not fit the taps.
-        """
-        names, students, teachers = pair_taps(student, teacher)
-        return self._weighted(names, students[0], lambda weights: self.per_tap(students, teachers, weights))
-
     def _weighted(self, taps: list[str], like: Tensor, per_tap: Callable[[Tensor], Tensor]) -> Tensor:
         """The weighted sum of the losses that `per_tap` gives for the weights it is called with."""
         names = self.loss_names(taps)
         weights = self._resolve(names, like)
         losses = per_tap(weights)
-        self.last, self.last_names, self.last_weights = losses.detach(), names, weights.detach()
+        self._keep(names, losses, weights)
         return (losses * weights).sum()
+
+    def _keep(self, names: list[str], losses: Tensor, weights: Tensor) -> None:
+        """Of this forward, for the log."""
+        self.last, self.last_names, self.last_weights = losses.detach(), names, weights.detach()
 
     def _resolve(self, names: list[str], like: Tensor) -> Tensor:
         """beta lambda_l `[L]` on the device of the maps."""
@@ -134,6 +119,63 @@ class FeatureLoss(nn.Module, ABC):
         if self._resolved is None or self._resolved[0] != wanted:
             self._resolved = wanted, torch.tensor(wanted[0], device=like.device, dtype=dtype)
         return self._resolved[1]
+
+
+class FeatureLoss(WeightedLoss, ABC):
+    r"""A distillation loss over taps: :math:`\beta \sum_l \lambda_l L_l`, called as `loss(taps.student, taps.teacher)`.
+
+    A subclass gives the unweighted losses of all taps at once (`per_tap`), so that they can be one launch. Weights and
+    attributes are those of `WeightedLoss`.
+    """
+
+    @abstractmethod
+    def per_tap(self, student: Sequence[Tensor], teacher: Sequence[Tensor], expected_grad: Tensor) -> Tensor:
+        """Unweighted losses `[L]`, at least float32. The pairs have equal batch sizes and devices.
+
+        `expected_grad` `[L]` is what the gradient of the result will be if the total is the weighted sum plus other
+        terms: a loss may compute its gradients ahead for it, but must be right for any other.
+        """
+
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        """The weighted sum, a scalar; gradients flow to the student's maps only.
+
+        Raises:
+            ValueError: unequal numbers of taps, batch sizes or devices; weights that do not fit the taps.
+        """
+        names, students, teachers = pair_taps(student, teacher)
+        return self._weighted(names, students[0], lambda weights: self.per_tap(students, teachers, weights))
+
+
+class BranchLoss(WeightedLoss, ABC):
+    """A loss of branches behind the student's taps, which learn to answer as the networks do.
+
+    Called as `loss(taps.student, taps.teacher, student_logits, teacher_logits, labels)`. The student's and the
+    teacher's taps need not be equal in number. The branches are parameters of the loss: they belong into the optimizer
+    with the student's, and are of no use afterwards.
+    """
+
+    @classmethod
+    @abstractmethod
+    def for_maps(cls, student: Features, teacher: Features, classes: int, **options: Any) -> BranchLoss:
+        """The loss for networks whose maps have the shapes of these, `[B, ...]`, with options of its own."""
+
+    @abstractmethod
+    def forward(
+        self, student: Features, teacher: Features, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The weighted sum, a scalar; gradients flow to the student's maps and logits, and to the branches.
+
+        Args:
+            student: maps of the student, by tap.
+            teacher: what the loss reads of the teacher's.
+            student_logits: `[B, C]`.
+            teacher_logits: `[B, C]`.
+            labels: int64 `[B]`.
+        """
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What else is worth a log of the last forward, by name: scalars, detached and still on the device."""
+        return {}
 
 
 class CompressedTeacherLoss(FeatureLoss):

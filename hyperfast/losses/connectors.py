@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperfast.losses.plain import as_map, class_tokens
+
 Kind = Literal["conv", "regressor"]
 _KINDS = ("conv", "regressor")
 
@@ -77,6 +79,26 @@ class Connector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"
+
+
+class TokenMap(nn.Module):
+    """Tokens `[B, N, D]` of a square image as the map `[B, D, h, w]`, without the class token; maps as they are."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The map."""
+        return as_map(features)
+
+    @staticmethod
+    def shape(shape: Sequence[int]) -> list[int]:
+        """What it makes of maps of this shape, without the batch.
+
+        Raises:
+            ValueError: tokens of no square image.
+        """
+        if len(shape) != 2:
+            return list(shape)
+        side = math.isqrt(shape[0] - class_tokens(shape[0]))
+        return [shape[1], side, side]
 
 
 def _convolution(channels: int, wanted: int, student: Sequence[int], teacher: Sequence[int]) -> nn.Module:

@@ -9,10 +9,12 @@ from hyperfast.nn.conditions import (
     StochasticCondition,
 )
 from hyperfast.nn.cost import CostReport, CostRow
+from hyperfast.nn.gate_diagnostics import GateRow, gate_diagnostics
 from hyperfast.nn.hypernetize import hypernetize
 from hyperfast.nn.hypernetwork import Hypernetwork, StepFactors
 from hyperfast.nn.inherit import InheritReport, InheritRow, fold, inherit, recalibrate_norms
 from hyperfast.nn.inherited import InheritedConv2d, InheritedLinear, load_balance_loss
+from hyperfast.nn.inherited_structure import build_inherited, check_gates, inherited_layers
 from hyperfast.nn.initialization import initialize
 from hyperfast.nn.interop import load_hyperlight, load_nern, nern_state_dict
 from hyperfast.nn.row_sampler import RowSampler
@@ -24,6 +26,7 @@ __all__ = [
     "CostReport",
     "CostRow",
     "ExternalCondition",
+    "GateRow",
     "Hypernetwork",
     "InheritReport",
     "InheritRow",
@@ -35,9 +38,13 @@ __all__ = [
     "StepFactors",
     "StochasticCondition",
     "WeightPredictor",
+    "build_inherited",
+    "check_gates",
     "fold",
+    "gate_diagnostics",
     "hypernetize",
     "inherit",
+    "inherited_layers",
     "initialize",
     "load_balance_loss",
     "load_hyperlight",

@@ -1,4 +1,4 @@
-"""Training procedures: supervised training, distillation, comparisons of methods, and the files that they write."""
+"""Training procedures: supervised training, distillation, inheriting, comparisons of them, and the files they write."""
 
 from hyperfast.recipes.artifact import Artifact
 from hyperfast.recipes.checkpoint import Checkpoint
@@ -10,6 +10,8 @@ from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill import Distillation, distill
 from hyperfast.recipes.distill_config import METHODS, DistillConfig, LossTerm, Method
 from hyperfast.recipes.evaluation import Evaluation, evaluate
+from hyperfast.recipes.inherit import inherit_sweep
+from hyperfast.recipes.inherit_plan import InheritConfig, InheritPlan, TuneConfig
 from hyperfast.recipes.objective import CrossEntropy, Objective, StepLosses
 from hyperfast.recipes.paraphraser import pretrain_paraphrasers
 from hyperfast.recipes.predictor_storage import fake_quantized
@@ -34,6 +36,8 @@ __all__ = [
     "EpochRecord",
     "Evaluation",
     "GuideConfig",
+    "InheritConfig",
+    "InheritPlan",
     "LossTerm",
     "Method",
     "Objective",
@@ -46,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "TuneConfig",
     "compare",
     "compress",
     "continuation",
@@ -54,6 +59,7 @@ __all__ = [
     "evaluate",
     "fake_quantized",
     "fit",
+    "inherit_sweep",
     "pretrain_paraphrasers",
     "train",
 ]

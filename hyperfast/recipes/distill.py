@@ -15,7 +15,7 @@ from hyperfast.data import DeviceLoader, Splits
 from hyperfast.recipes.checkpoint import JSON
 from hyperfast.recipes.config import TrainConfig
 from hyperfast.recipes.distill_config import METHODS, DistillConfig
-from hyperfast.recipes.feature_term import FeatureTerm, build_term
+from hyperfast.recipes.feature_term import FeatureTerm, branch_term, build_term
 from hyperfast.recipes.objective import StepLosses
 from hyperfast.recipes.paraphraser import pretrain_paraphrasers
 from hyperfast.recipes.progress import progress_bar
@@ -125,7 +125,7 @@ class Distillation:
         else:
             logits = forward(images)
             teacher_logits = self._teacher_logits(images, needed=bool(terms)) if cached is None else cached.logits
-        with_labels = progress >= self.config.labels_from
+        with_labels = progress >= self.config.labels_from and not any(METHODS[name].labels for name in terms)
         self.logits.cross_entropy_weight = self.config.cross_entropy_weight if with_labels else 0.0
         answers = self.logits(logits, labels, teacher_logits if self.config.kd_weight else None)
         total = answers if total is None else total + answers
@@ -133,13 +133,15 @@ class Distillation:
         found["cross_entropy"] = self.logits.last[0]
         for name, term in terms.items():
             taps = self._taps_of(name)
-            if cached is None:
-                total = total + term(taps.student, taps.teacher, progress, measure=measure)
-            else:
-                statistics = cached.statistics[name]
-                total = total + term(taps.student, None, progress, statistics=statistics, measure=measure)
+            teacher, statistics = (taps.teacher, None) if cached is None else (None, cached.statistics[name])
+            answers = (logits, teacher_logits, labels)
+            total = total + term(
+                taps.student, teacher, progress, answers=answers, statistics=statistics, measure=measure
+            )
             assert term.loss.last is not None
             found[name] = term.loss.last
+            if isinstance(term.loss, losses.BranchLoss):
+                found |= {f"{name}_{what}": value for what, value in term.loss.diagnostics().items()}
         if self.config.kd_weight:
             found["kd"] = self.logits.last[1]
         return StepLosses(total, logits, found)
@@ -164,7 +166,13 @@ class Distillation:
             return
         assert at is not None
         with surgery.taps(student, self.teacher, at=at, teacher_at=teacher_at, clone=config.clone_taps) as taps:
-            _show(student, self.teacher, images)
+            logits = _show(student, self.teacher, images)
+        if method.branches:
+            branches = method.build(taps.student, taps.teacher, logits.shape[1], **term.options, beta=beta)
+            assert isinstance(branches, losses.BranchLoss)
+            made = branch_term(name, branches, taps.student, taps.teacher, config.schedule(name))
+            self.modules[name] = made.to(images.device)
+            return
         loss = method.build(**term.options, beta=beta)
         assert isinstance(loss, losses.FeatureLoss)
         k = config.paraphraser_k if name == "ft" and config.paraphraser_epochs else None
@@ -231,15 +239,16 @@ def _frozen(teacher: nn.Module, config: DistillConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def _show(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
-    """A forward of both networks that leaves them as they were."""
+def _show(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
+    """A forward of both networks that leaves them as they were; the student's logits."""
     modes = {module: module.training for module in student.modules()}
     try:
-        student.eval()(images)
+        logits: Tensor = student.eval()(images)
     finally:
         for module, mode in modes.items():
             module.training = mode
     teacher(images)
+    return logits
 
 
 def distill(

@@ -19,18 +19,25 @@ class Method:
     """A loss by name: how to make one, and how it is used unless something else is said.
 
     Attributes:
-        build: called with the options of a `LossTerm`.
+        build: called with the options of a `LossTerm`; where the loss has `branches`, its `for_maps`.
         beta: default weight, for tap weights that sum to 1 and the loss's own default reduction.
         at: where the networks are tapped, as in `hyperfast.taps`; None: nowhere, the loss runs the networks itself.
         same: what must be the same in both maps: all of the `"shape"`, the `"channels"`, or None.
         connector: what brings the student's map there where it is another.
+        branches: a `losses.BranchLoss`, which also sees logits and labels and is made for the networks' maps.
+        teacher_at: where the teacher is tapped; None: as the student.
+        labels: the cross-entropy of the student's logits is part of the loss: while it counts, that of the recipe
+            does not.
     """
 
-    build: Callable[..., losses.FeatureLoss | losses.JacobianDistillation]
+    build: Callable[..., losses.WeightedLoss | losses.JacobianDistillation]
     beta: float
     at: At | None = "stages"
     same: Literal["shape", "channels"] | None = "shape"
     connector: Kind = "conv"
+    branches: bool = False
+    teacher_at: At | None = None
+    labels: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -40,10 +47,29 @@ METHODS: Mapping[str, Method] = {
     "fitnets": Method(partial(losses.FitNets, normalize="teacher"), 1.0, connector="regressor"),
     "fsp": Method(losses.FlowOfSolution, 50.0, same="channels"),
     "ft": Method(losses.FactorTransfer, 200.0),
+    "hcd": Method(
+        losses.ComplementaryDistillation.for_maps, 1.0, same=None, branches=True, teacher_at="embedding", labels=True
+    ),
+    "hcd_stable": Method(
+        partial(losses.ComplementaryDistillation.for_maps, preset="stable"),
+        1.0,
+        same=None,
+        branches=True,
+        teacher_at="embedding",
+        labels=True,
+    ),
     "jacobian": Method(losses.JacobianDistillation, 20.0, at=None, same=None),
     "rkd": Method(losses.RelationalDistillation, 1.0, at="embedding", same=None),
     "sp": Method(losses.SimilarityPreserving, 3000.0, same=None),
     "fmd": Method(losses.FeatureMapDistillation, 1.0, at="activations"),
+    "ofa": Method(losses.OneForAll.for_maps, 1.0, same=None, branches=True, teacher_at="embedding"),
+    "ickd": Method(losses.InterChannelCorrelation, 2.5, same="channels"),
+    "infonce": Method(losses.InfoNCE, 1.0, at="embedding"),
+    "icd": Method(losses.ImplicitClustering, 1.0, same=None),
+    "sinkd": Method(losses.SinkhornDistillation, 0.0008, at="logits", same=None),
+    "wcord": Method(losses.LocalWasserstein, 1.0, at="embedding"),
+    "hcl": Method(losses.HierarchicalContext, 1.0),
+    "frequency": Method(losses.FrequencyDistillation, 1.0, same="channels"),
 }
 
 
@@ -91,12 +117,13 @@ class DistillConfig:
 
     Attributes:
         losses: losses by name, one of `METHODS` each.
-        cross_entropy_weight: :math:`\lambda_0`; 0 leaves the labels out.
+        cross_entropy_weight: :math:`\lambda_0`; 0 leaves the labels out. A loss with labels of its own, such as hcd,
+            stands in its place while it counts.
         labels_from: the share of the training from which on the labels count.
         kd_weight: w, of the logit distillation; 0 leaves it out.
         temperature: of the logit distillation.
-        at: where the student is tapped, as in `hyperfast.taps`: `"stages"`, `"activations"`, `"embedding"`, globs or a
-            predicate; None: where each method is meant to (`METHODS`).
+        at: where the student is tapped, as in `hyperfast.taps`: `"stages"`, `"activations"`, `"embedding"`, `"logits"`,
+            globs or a predicate; None: where each method is meant to (`METHODS`).
         teacher_at: the same for a teacher with other module names; None: as `at`.
         clone_taps: copy the feature maps; needed where a model overwrites them in place.
         tap_weights: :math:`\lambda_{m,l}(t)`, the share of each tap, of the losses that do not say their own.
@@ -152,10 +179,11 @@ class DistillConfig:
 
     def points(self, name: str) -> tuple[At | None, At | None]:
         """Where a loss taps the student and the teacher."""
-        term = self.losses[name]
-        if term.at is not None or METHODS[name].at is None:
-            return term.at, term.teacher_at
-        return (METHODS[name].at if self.at is None else self.at), term.teacher_at or self.teacher_at
+        term, method = self.losses[name], METHODS[name]
+        teacher_at = term.teacher_at or method.teacher_at
+        if term.at is not None or method.at is None:
+            return term.at, teacher_at
+        return (method.at if self.at is None else self.at), teacher_at or self.teacher_at
 
     def schedule(self, name: str) -> TapWeights | None:
         """The shares of a loss's taps, where they change; None: those of the loss."""

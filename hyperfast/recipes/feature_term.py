@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperfast.losses import Connector, FeatureLoss, Paraphraser, Translator
+from hyperfast.losses import BranchLoss, Connector, FeatureLoss, Paraphraser, TokenMap, Translator, WeightedLoss
 from hyperfast.recipes.distill_config import Method
 from hyperfast.recipes.schedules import TapWeights
 
 
 class FeatureTerm(nn.Module):
-    """A `FeatureLoss` with the layers that its taps need, in training with the student.
+    """A loss over taps with the layers that they need, in training with the student.
 
     Args:
         name: of the method, for messages.
-        loss: what compares.
+        loss: what compares: a `FeatureLoss`, or a `BranchLoss`.
         student_side: a module per tap, which makes of the student's map what is compared.
         teacher_side: the same of the teacher's map; frozen.
         schedule: shares of the taps that change in the course of the training; None: the loss's own weights.
@@ -28,7 +28,7 @@ class FeatureTerm(nn.Module):
     def __init__(
         self,
         name: str,
-        loss: FeatureLoss,
+        loss: WeightedLoss,
         student_side: Sequence[nn.Module],
         teacher_side: Sequence[nn.Module],
         schedule: TapWeights | None = None,
@@ -44,6 +44,7 @@ class FeatureTerm(nn.Module):
         teacher: Mapping[Any, Tensor] | None,
         progress: float,
         *,
+        answers: tuple[Tensor, Tensor | None, Tensor],
         statistics: Any = None,
         measure: bool = False,
     ) -> Tensor:
@@ -53,6 +54,7 @@ class FeatureTerm(nn.Module):
             student: maps by tap.
             teacher: the same; None with `statistics`.
             progress: of the training, from 0 to 1.
+            answers: logits of the student and of the teacher, and labels: what a `BranchLoss` compares.
             statistics: what the loss's `compress` made of the teacher's maps.
             measure: keep the norms of the gradients of the next backward pass, for `read_gradient_norms`.
         """
@@ -65,7 +67,9 @@ class FeatureTerm(nn.Module):
             count = len(self.loss.loss_names([str(key) for key in student]))
             self.loss.weights = self.schedule(count, progress, device)
         loss: Tensor
-        if teacher is None:
+        if isinstance(self.loss, BranchLoss):
+            loss = self.loss(student, teacher, *answers)
+        elif teacher is None:
             loss = self.loss(student, statistics=statistics)
         else:
             loss = self.loss(student, self.factors(teacher))
@@ -115,6 +119,28 @@ class FeatureTerm(nn.Module):
         return weights is not None and bool((weights != 0).all())
 
 
+def branch_term(
+    name: str,
+    loss: BranchLoss,
+    student: Mapping[Any, Tensor],
+    teacher: Mapping[Any, Tensor],
+    schedule: TapWeights | None,
+) -> FeatureTerm:
+    """The term of a loss that has what its taps need.
+
+    Raises:
+        ValueError: a schedule of the taps' shares for a loss that has no losses by tap.
+    """
+    names = [str(key) for key in student]
+    parts = loss.loss_names(names)
+    if schedule is not None and set(parts).isdisjoint(names):
+        raise ValueError(
+            f"tap_weights has the schedule {schedule.schedule!r}, but loss {name!r} has no losses by tap, only "
+            f"{', '.join(parts)}; give it TapWeights() of its own"
+        )
+    return FeatureTerm(name, loss, [nn.Identity() for _ in student], [nn.Identity() for _ in teacher], schedule)
+
+
 def build_term(
     name: str,
     method: Method,
@@ -150,8 +176,9 @@ def build_term(
     for (key, s), t in zip(student.items(), teacher.values(), strict=True):
         try:
             if paraphraser_k is None:
-                students.append(_connector(method, list(s.shape[1:]), list(t.shape[1:]), connector))
-                teachers.append(nn.Identity())
+                own, other = _sides(method, list(s.shape[1:]), list(t.shape[1:]), connector)
+                students.append(own)
+                teachers.append(other)
             else:
                 paraphraser = Paraphraser(t.shape[1], paraphraser_k).requires_grad_(False)
                 students.append(_translator(list(s.shape[1:]), list(t.shape[1:]), paraphraser.factors))
@@ -161,9 +188,16 @@ def build_term(
     return FeatureTerm(name, loss, students, teachers, schedule)
 
 
+def _sides(method: Method, student: list[int], teacher: list[int], wanted: str) -> tuple[nn.Module, nn.Module]:
+    """What stands behind the student's and the teacher's tap. Tokens that are to be connected become maps."""
+    if method.same is None or (wanted != "always" and student == teacher):
+        return nn.Identity(), nn.Identity()
+    connector = _connector(method, TokenMap.shape(student), TokenMap.shape(teacher), wanted)
+    own = nn.Sequential(TokenMap(), connector) if len(student) == 2 else connector
+    return own, TokenMap() if len(teacher) == 2 else nn.Identity()
+
+
 def _connector(method: Method, student: list[int], teacher: list[int], wanted: str) -> nn.Module:
-    if method.same is None:
-        return nn.Identity()
     target = teacher if method.same == "shape" else [teacher[0], *student[1:]]
     if wanted != "always" and student == target:
         return nn.Identity()

@@ -70,6 +70,17 @@ def trainable(modules: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def check_all_trained(optimizer: Optimizer, modules: nn.Module) -> None:
+    """Raise a RuntimeError unless the optimizer has every parameter of `modules` that is trained."""
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in trainable(modules).items() if parameter not in held]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} parameters are not in the optimizer and would never be trained, such as {missing[0]!r}: "
+            "whatever an objective trains is to be among its modules from the start"
+        )
+
+
 def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Set the learning rate of each group to `factor` times its `base_lr`."""
     for group in optimizer.param_groups:

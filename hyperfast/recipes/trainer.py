@@ -26,6 +26,7 @@ from hyperfast.recipes.objective import Objective
 from hyperfast.recipes.optim import (
     base_lrs,
     build_optimizer,
+    check_all_trained,
     optimizer_state,
     restore_optimizer_state,
     set_lr,
@@ -33,7 +34,7 @@ from hyperfast.recipes.optim import (
 )
 from hyperfast.recipes.progress import Update, progress_bar
 from hyperfast.recipes.result import EpochRecord, TrainResult
-from hyperfast.recipes.schedules import cosine_with_warmup
+from hyperfast.recipes.schedules import cosine_with_warmup, steps_with_warmup
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -125,6 +126,7 @@ class Trainer:
         self.trained.train()
         if self.objective.prepare(self.train_loader, resumed=resumed, progress=progress):
             self.save()
+        check_all_trained(self.optimizer, self.trained)
 
     def run(self, progress: bool = False, tensorboard: bool = False) -> TrainResult:
         """Train from where the run stands to its end."""
@@ -200,6 +202,8 @@ class Trainer:
             self.grad_norm = total_grad_norm(self.trained)
 
     def _lr_factor(self, step: int) -> float:
+        if self.config.lr_steps is not None:
+            return steps_with_warmup(step, self.total_steps, self.warmup_steps, self.config.lr_steps)
         return cosine_with_warmup(step, self.total_steps, self.warmup_steps)
 
     def _log(self) -> None:

@@ -149,6 +149,7 @@ def taps(
               distillation needs); where the model declares `tap_activations` (globs), of those that match. A VGG does:
               the activations of its classifier follow no feature map.
             - `"embedding"`: the input of the last linear layer, the pooled embedding that the classifier sees.
+            - `"logits"`: the output of the last linear layer.
             - a glob over module paths, or several; `*` matches dots too. `":input"` or `":output"` may follow, the
               default is the output.
             - `predicate(path, module)`, returning True or `"output"`, `"input"`, or False.
@@ -207,8 +208,9 @@ def find_taps(model: nn.Module, at: At = "stages") -> list[Tap]:
         if declared is not None:
             modules = {tap.path: tap.module for tap in _by_globs(modules, declared, "tap_activations of the model")}
         found = [Tap(path, module, "input") for path, module in modules.items() if isinstance(module, ACTIVATIONS)]
-    elif at == "embedding":
-        linear = [Tap(path, module, "input") for path, module in modules.items() if isinstance(module, nn.Linear)]
+    elif at in ("embedding", "logits"):
+        side: Where = "input" if at == "embedding" else "output"
+        linear = [Tap(path, module, side) for path, module in modules.items() if isinstance(module, nn.Linear)]
         found = linear[-1:]
     elif at == "stages":
         declared = getattr(model, "tap_stages", None)
@@ -220,6 +222,7 @@ def find_taps(model: nn.Module, at: At = "stages") -> list[Tap]:
             "stages": "the model has no stages that are recognised by name; declare `tap_stages` on its class",
             "activations": "the model has no activation modules (a functional F.relu cannot be tapped at its input)",
             "embedding": "the model has no linear layer",
+            "logits": "the model has no linear layer",
         }.get(at if isinstance(at, str) else "", "the predicate accepts no module")
         raise ValueError(f"at={at!r} taps nothing: {hint}, or give a glob. Modules: {_candidates(modules)}")
     return found

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from hyperfast.cli import compare as command
 from hyperfast.cli import main
-from hyperfast.cli.compare import Method, parse_methods
+from hyperfast.cli.compare import LAYER_WISE, Method, parse_methods
 from hyperfast.cli.network import load_run
 from hyperfast.nn import Hypernetwork
-from hyperfast.recipes import METHODS, Comparison
+from hyperfast.recipes import Comparison
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -71,6 +71,7 @@ def test_methods_as_they_are_written(text: str, method: Method, name: str) -> No
         ("at=x+kd", "--method 'at=x+kd': at=x: 'x' is no number"),
         ("at=-1", "--method 'at=-1': at=-1: the weight must be a positive number"),
         ("at+at=3", "--method 'at+at=3': at is given more than once"),
+        ("noce:at+hcd", "--method 'noce:at+hcd': hcd has the labels in it; leave noce: out"),
     ],
 )
 def test_methods_that_cannot_be_read(text: str, message: str) -> None:
@@ -79,8 +80,8 @@ def test_methods_that_cannot_be_read(text: str, message: str) -> None:
 
 
 def test_without_methods_all_losses_are_compared() -> None:
-    assert [*parse_methods((), hypernetize=True)] == ["mip", *METHODS, "kd"]
-    assert [*parse_methods((), hypernetize=False)] == ["plain", *METHODS, "kd"]
+    assert [*parse_methods((), hypernetize=True)] == ["mip", *LAYER_WISE]
+    assert [*parse_methods((), hypernetize=False)] == ["plain", *LAYER_WISE]
     assert [*parse_methods(("plain", "at", "plain+kd"), hypernetize=False)] == ["plain", "at", "plain+kd"]
     with pytest.raises(ValueError, match="--method at=500 is given more than once"):
         parse_methods(("at=500", "at=5e2"), hypernetize=True)

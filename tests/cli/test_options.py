@@ -95,7 +95,7 @@ def test_widths_with_spaces_and_with_commas(given: list[str]) -> None:
     [
         (
             ("att",),
-            r"unknown loss 'att' \(did you mean at\?\); choose from at, ab, .*, sp, fmd, kd",
+            r"unknown loss 'att' \(did you mean at\?\); choose from at, ab, .*, sp, fmd, ofa, .*, kd",
         ),
         (("at=much",), "--loss at=much: 'much' is no number"),
         (("ab@0.3",), "--loss ab@0.3: '0.3' is no part of the training; write @0:0.3 for its first 30 %"),
@@ -170,6 +170,14 @@ def test_options_of_the_other_families(name: str) -> None:
     with torch.device("meta"):
         whole = models.create(name).state_dict()
     assert models.create(name, **options_in(whole, name)).state_dict().keys() == whole.keys()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny32", "mixer_tiny32"])
+def test_options_of_a_network_over_patches(name: str) -> None:
+    options = {"width": 8, "in_channels": 1, "patch": 4, "depth": 8, "image_size": 16}
+    state = Network(name, 7, options).build(0).state_dict()
+    assert options_in(state, name) == options
+    assert classes_in(state) == 7
 
 
 def _run(epochs: int = 1) -> Run:

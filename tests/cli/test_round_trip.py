@@ -121,6 +121,20 @@ def test_onnx_without_its_packages(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_transformer_learns_from_a_convolutional_network(teacher: Path, tmp_path: Path) -> None:
+    options = ("image_size=8", "patch=2", "width=16", "depth=4")
+    student = ["--model", "vit_tiny32", *(word for option in options for word in ("--option", option))]
+    teaching = ["--teacher", str(teacher), "--teacher-model", "resnet8", "--no-hypernetize"]
+    losses = [word for loss in ("ofa", "sinkd=0.001", "infonce@0:0.5", "kd") for word in ("--loss", loss)]
+    run = ["--dataset", "digits", "--limit", "100", "--device", "cpu", *_SHORT, "--out", str(tmp_path / "run")]
+    assert main(["distill", *run, *student, *teaching, *losses]) == 0
+    terms = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(terms["ofa"]) == {"stages.0", "stages.1", "stages.2", "stages.3", "logits"}
+    assert set(terms["sinkd"]) == {"fc"} and set(terms["infonce"]) == {"fc:input"}
+    _, network = load_run(tmp_path / "run")
+    assert isinstance(network, models.VisionTransformer)
+
+
 def test_exported_network_is_a_teacher(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also one with another width than the student, whose options are read off its weights."""
     weights = tmp_path / "teacher.safetensors"
@@ -175,7 +189,10 @@ def test_teacher_is_measured_on_test_images_where_there_are_no_others(teacher: P
         (["train", "--dataset", "cifar10", "--model", "resnet8", "--data", "nowhere"], "nowhere"),
         (["train", "--dataset", "cifar10", "--model", "resnet8"], "CIFAR-10"),
         (["distill", *_DIGITS, "--teacher", "none.pt"], "no checkpoint at none.pt"),
-        (["distill", *_DIGITS, "--teacher", "none.pt", "--loss", "rdk"], "unknown loss 'rdk' (did you mean rkd?)"),
+        (
+            ["distill", *_DIGITS, "--teacher", "none.pt", "--loss", "rdk"],
+            "unknown loss 'rdk' (did you mean rkd or wcord?)",
+        ),
         (["train", *_DIGITS, "--epochs", "0"], "epochs is 0; expected at least 1"),
         (["export", "nowhere", "--out", "x.pt2"], "there is no checkpoint at nowhere"),
     ],

@@ -69,7 +69,7 @@ def test_taps_of_the_whole_distillation_and_of_a_loss() -> None:
     assert DistillConfig({"jacobian": LossTerm()}, at="layer1").points("jacobian") == (None, None)
 
 
-@pytest.mark.parametrize("name", ["ab", "cwd", "fitnets", "fsp", "ft", "fmd"])
+@pytest.mark.parametrize("name", ["ab", "cwd", "fitnets", "fsp", "ft", "fmd", "ickd", "hcl", "frequency"])
 def test_a_connector_where_channels_differ(name: str) -> None:
     student, teacher = tiny_task.network(dropout=0.0), tiny_task.network(seed=9, width=12)
     objective = objective_of(only(**{name: LossTerm()}), student, teacher)
@@ -82,7 +82,7 @@ def test_a_connector_where_channels_differ(name: str) -> None:
     assert student.layer1[0].weight.grad.any()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["at", "sp", "rkd"])
+@pytest.mark.parametrize("name", ["at", "sp", "rkd", "icd", "sinkd"])
 def test_no_connector_where_the_loss_needs_none(name: str) -> None:
     student, teacher = tiny_task.network(), tiny_task.network(seed=9, width=12)
     objective = objective_of(only(**{name: LossTerm()}), student, teacher)

@@ -9,6 +9,7 @@ from hyperfast.nn import Hypernetwork, hypernetize
 from hyperfast.recipes.optim import (
     base_lrs,
     build_optimizer,
+    check_all_trained,
     optimizer_state,
     restore_optimizer_state,
     set_lr,
@@ -79,3 +80,13 @@ def test_state_comes_back_by_name(optimizer: str) -> None:
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer(nn.ReLU(), tiny_task.config())
+
+
+def test_a_parameter_that_came_too_late_is_named() -> None:
+    model = tiny_task.network()
+    optimizer = build_optimizer(model, tiny_task.config())
+    check_all_trained(optimizer, model)
+    model.late = nn.Linear(2, 2)
+    model.layer1.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"2 parameters are not in the optimizer .* such as 'late.weight'"):
+        check_all_trained(optimizer, model)

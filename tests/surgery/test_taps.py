@@ -400,6 +400,14 @@ def test_nothing_found_says_why(at, message):
         find_taps(nn.Sequential(nn.Linear(2, 2)), at)
 
 
+@pytest.mark.parametrize("at", ["embedding", "logits"])
+def test_the_last_linear_layer(at):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.ReLU())
+    assert paths(model, at) == ["1:input" if at == "embedding" else "1:output"]
+    with pytest.raises(ValueError, match="the model has no linear layer"):
+        find_taps(nn.Sequential(nn.ReLU()), at)
+
+
 def test_unknown_suffix(net):
     with pytest.raises(ValueError, match=r"':inptu'; use ':input' or ':output'"):
         find_taps(net, "layer1:inptu")
