@@ -162,8 +162,10 @@ class BuildNative(build_ext):
     @staticmethod
     def _ninja_file(objects: list[tuple[str, str, str, list[str]]]) -> str:
         lines = [f"cxx = {os.environ.get('CXX', 'c++')}", f"nvcc = {NVCC}"]
-        for rule in ("cxx", "nvcc"):
-            lines += [f"rule {rule}", f"  command = ${rule} $flags -MD -MF $out.d -c $in -o $out"]
+        # What ptxas says of registers and spills stays beside the object, for a test.
+        logged = " > $out.log 2>&1 || { cat $out.log; exit 1; }"
+        for rule, more, end in (("cxx", "", ""), ("nvcc", " -Xptxas=-v", logged)):
+            lines += [f"rule {rule}", f"  command = ${rule}{more} $flags -MD -MF $out.d -c $in -o $out{end}"]
             lines += ["  depfile = $out.d", "  deps = gcc", "  description = $out"]
         for name, rule, source, flags in objects:
             lines += [f"build {name}: {rule} {ROOT / source}", f"  flags = {' '.join(flags)}"]

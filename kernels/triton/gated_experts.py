@@ -84,6 +84,11 @@ def _options(heads: int) -> dict[str, int]:
     return {"num_warps": 4, "num_stages": 2 if heads <= COPIED_HEADS else 1}
 
 
+def _output_options(heads: int, rank: int, dtype: torch.dtype) -> dict[str, int]:
+    """As many warps as load a tile of z by 16 bytes a thread, up to 8: in fewer, the heads take too many registers."""
+    return {**_options(heads), "num_warps": min(8, _ranks(rank) * TILE * dtype.itemsize // (16 * 32))}
+
+
 def _ranks(rank: int) -> int:
     return NARROW if rank <= NARROW else STEP
 
@@ -125,7 +130,7 @@ def forward(
         )  # fmt: skip
         gated_experts_output_kernel[(batch * cdiv(outputs, TILE) * cdiv(positions, TILE),)](
             output, z, experts, bias, gates, positions, outputs, rank, heads, align, rank_align, PRECISION, TILE,
-            _ranks(rank), **_options(heads),
+            _ranks(rank), **_output_options(heads, rank, z.dtype),
         )  # fmt: skip
     return output, gates
 
@@ -234,4 +239,5 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
             label = f"{what} heads={heads} rank={rank} align={align} biases={has_bias} own={own} {TRITON_TYPES[dtype]}"
             options = _options(heads) if "PRECISION" in names else SUM_OPTIONS
             options = HELD_OPTIONS if kernel is gated_experts_products_kernel else options
+            options = _output_options(heads, rank, dtype) if kernel is gated_experts_output_kernel else options
             yield Configuration(label, kernel, kernel_signature(kernel, types, constants), constants, options)

@@ -152,7 +152,7 @@ def test_other_settings_are_refused(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--method", "rdk"], "unknown name 'rdk' (did you mean rkd?)"),
+        (["--method", "rdk"], "unknown name 'rdk' (did you mean rkd or wcord?)"),
         (["--seeds", "0"], "--seeds is 0; give at least 1"),
         (["--resume"], "there is no comparison.json in "),
         (["--cross-entropy-weight", "0", "--method", "mip"], "--cross-entropy-weight 0 leaves mip nothing to learn"),

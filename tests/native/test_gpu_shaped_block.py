@@ -22,4 +22,4 @@ def test_several_lane_groups_give_what_one_gives(tmp_path):
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "DIFFERENT" not in result.stdout
-    assert result.stdout.count("same") == 175
+    assert result.stdout.count("same") == 184
