@@ -225,9 +225,11 @@ class _Compression:
         if not joint:
             self._rounds(run)
         predictor, permutation = self._accepted(run)
-        if self.guide is not None:
-            predictor, permutation = self._guided(run, predictor, permutation)
         state = self._reconstructed(predictor, permutation)
+        if self.guide is not None:
+            self._guided(run, predictor, permutation, state)
+            # With the norms that it was trained with: new statistics would undo some of that.
+            state = {**state, **self._predicted(predictor, permutation)}
         run.save()
         history = tuple(RoundRecord(**record) for record in run.facts.get("history", []))
         original, reconstruction, tests = self._measured(state)
@@ -300,29 +302,31 @@ class _Compression:
         return predictor, Permutation(permutation_kind(self.config), self.coverage.grids, run.tensors["orders"])
 
     def _guided(
-        self, run: Run, predictor: WeightPredictor, permutation: Permutation
-    ) -> tuple[WeightPredictor, Permutation]:
+        self, run: Run, predictor: WeightPredictor, permutation: Permutation, state: Mapping[str, Tensor]
+    ) -> None:
+        """Train `predictor`; everything else of the network is as in `state`."""
         assert self.guide is not None
         if not run.facts.get("guided"):
             targets = Targets.of(self.state, self.coverage, self.config, permutation)
-            network = self.model
-            if self.guide.method == "kd":  # joint training begins with a predictor that has seen nothing
-                network = self.judged
-                network.load_state_dict(self._reconstructed(predictor, permutation))
-            guidance = Guidance(predictor, targets, network, self.teacher, self.data, self.guide, self.config)
+            self.judged.load_state_dict(state)
+            guidance = Guidance(predictor, targets, self.judged, self.teacher, self.data, self.guide, self.config)
             run.drive(guidance, "joint training" if self.guide.method == "joint" else "phase 2")
             run.keep("guided", predictor.state_dict())
             run.facts["guided"] = True
         predictor.load_state_dict(run.kept("guided"))
-        return predictor, permutation
+
+    @torch.no_grad()
+    def _predicted(self, predictor: WeightPredictor, permutation: Permutation) -> dict[str, Tensor]:
+        """The covered weights by all their names."""
+        rows = permutation.invert(predictor()).cpu()
+        predicted = self.coverage.scatter(rows)
+        predicted |= {name: predicted[owner] for name, owner in self.tied.items()}
+        return {name: tensor.to(self.state[name].dtype) for name, tensor in predicted.items()}
 
     @torch.no_grad()
     def _reconstructed(self, predictor: WeightPredictor, permutation: Permutation) -> dict[str, Tensor]:
         """The network's state dict with predicted weights, its norms recalibrated where that is asked for."""
-        rows = permutation.invert(predictor()).cpu()
-        predicted = self.coverage.scatter(rows)
-        predicted |= {name: predicted[owner] for name, owner in self.tied.items()}
-        state = {**self.state, **{name: t.to(self.state[name].dtype) for name, t in predicted.items()}}
+        state = {**self.state, **self._predicted(predictor, permutation)}
         if not self.config.recalibrate:
             return state
         self.judged.load_state_dict(state)
@@ -336,7 +340,7 @@ class _Compression:
             min(_CALIBRATION_BATCH, len(self.data.train)),
             device=self.config.torch_device(),
             train=True,
-            augment=Augment(pad=0, flip=False),
+            augment=Augment() if self.guide is None else self.guide.augment,
             seed=self.config.seed,
         )
         return (images for images, _ in itertools.islice(loader.epoch(0), self.config.recalibrate))

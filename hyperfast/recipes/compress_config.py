@@ -116,9 +116,9 @@ class CompressConfig:
         min_lr: see there.
         rounds: reconstructions of reconstructions, each by a fresh predictor; stopped when one does not improve.
         seeds: predictors per round, of which the best is kept.
-        recalibrate: batches of 256 training images, over which the batch norms of a reconstructed network take the
-            means and variances of what they see now, in every accuracy, for phase 2 and in the artefact. About 16 do.
-            0: those of the network, as in the papers; they are off, the more the smaller the predictor.
+        recalibrate: batches of 256 augmented training images, over which the batch norms of a reconstructed network
+            take the means and variances of what they see now; phase 2 runs with these, and keeps them. About 16 do. 0:
+            those of the network, as in the papers; they are off, the more the smaller the predictor.
         select: best by accuracy on the validation images (`"val"`), on the test images as in the papers (`"test"`), or
             by reconstruction error (`"rmse"`). None: val where there are such images, else rmse.
         seed: of the first predictor; the others have those that follow.
@@ -176,11 +176,17 @@ class CompressConfig:
                 f"rmse is 'running', but sampling={self.sampling!r} with uniform={self.uniform} draws no batch that "
                 "stands for all kernels; use rmse='full'"
             )
-        if self.guide is not None and self.guide.method == "joint" and (self.rounds > 1 or self.seeds > 1):
-            raise ValueError(
-                f"rounds is {self.rounds} and seeds is {self.seeds}, but method='joint' has no reconstruction of its "
-                "own to repeat; use method='kd', or 1 of each"
-            )
+        if self.guide is not None and self.guide.method == "joint":
+            if self.rounds > 1 or self.seeds > 1:
+                raise ValueError(
+                    f"rounds is {self.rounds} and seeds is {self.seeds}, but method='joint' has no reconstruction of "
+                    "its own to repeat; use method='kd', or 1 of each"
+                )
+            if self.recalibrate:
+                raise ValueError(
+                    f"recalibrate is {self.recalibrate}, but method='joint' begins with no reconstruction to take "
+                    "statistics of; use method='kd', or recalibrate=0"
+                )
 
     def torch_device(self) -> torch.device:
         """As `TrainConfig.torch_device`."""
