@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperfast.nn.inherited import InheritedConv2d, InheritedLinear
+from hyperfast.surgery.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,8 @@ def gate_diagnostics(model: nn.Module, batches: Iterable[Tensor]) -> tuple[GateR
     entropies = dict.fromkeys(layers, 0.0)
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
-    modes = {module: module.training for module in model.modules()}
     some = False
-    try:
-        model.eval()
+    with eval_mode(model):
         for batch in batches:
             model(batch)
             some = True
@@ -60,9 +59,6 @@ def gate_diagnostics(model: nn.Module, batches: Iterable[Tensor]) -> tuple[GateR
                 entropies[name] += float(torch.special.entr(gates).sum())
                 sums[name] = gates.sum(0) + sums.get(name, 0)
                 counts[name] += len(gates)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not some:
         raise ValueError("batches is empty; give at least one")
     return tuple(

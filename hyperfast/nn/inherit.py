@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hyperfast.nn.inherited import GateInput, InheritedConv2d, InheritedLinear
 from hyperfast.nn.inherited_structure import like, replace_module
 from hyperfast.surgery.low_rank import SPLITS, MomentMeter, Spectrum, Split, budget_ranks
+from hyperfast.surgery.modes import eval_mode
 
 Predicate = Callable[[str, nn.Module], bool]
 # They call functions with the weights of their layers instead of the layers.
@@ -216,23 +217,20 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         ValueError: there is no batch.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     count = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean of all
-            norm.train()
-        for batch in batches:
-            model(batch)
-            count += 1
+        with eval_mode(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all
+                norm.train()
+            for batch in batches:
+                model(batch)
+                count += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise ValueError("batches is empty; give about 16, as the network sees them in training")
 
@@ -329,16 +327,13 @@ def _moments(model: nn.Module, names: Sequence[str], batches: Iterable[Tensor]) 
         layers[name].register_forward_pre_hook(lambda _module, args, meter=meter: meter.add(args[0]))
         for name, meter in meters.items()
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        for batch in batches:
-            model(batch)
+        with eval_mode(model):
+            for batch in batches:
+                model(batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     found = {name: meter.moment() for name, meter in meters.items()}
     if any(moment is None for moment in found.values()):
         unseen = [name for name, moment in found.items() if moment is None]

@@ -23,6 +23,7 @@ from hyperfast.recipes.result import TrainResult
 from hyperfast.recipes.teacher_cache import TeacherCache, check_cacheable
 from hyperfast.recipes.trainer import to_device
 from hyperfast.recipes.training import RunOptions, fit
+from hyperfast.surgery.modes import eval_mode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -241,12 +242,8 @@ def _frozen(teacher: nn.Module, config: DistillConfig) -> nn.Module:
 @torch.no_grad()
 def _show(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
     """A forward of both networks that leaves them as they were; the student's logits."""
-    modes = {module: module.training for module in student.modules()}
-    try:
-        logits: Tensor = student.eval()(images)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with eval_mode(student):
+        logits: Tensor = student(images)
     teacher(images)
     return logits
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hyperfast.nn import InheritedConv2d, InheritedLinear
 from hyperfast.nn.cost import median_ms
+from hyperfast.surgery.modes import eval_mode
 
 WHOLE = "whole network"
 
@@ -52,10 +53,7 @@ def layer_costs(
     Returns:
         The layers in the order of `names`, and the network last.
     """
-    modes = {module: module.training for model in (before, after) for module in model.modules()}
-    try:
-        before.eval()
-        after.eval()
+    with eval_mode(before, after):
         inputs = _inputs(before, names, images)
         rows = []
         for name, x in inputs.items():
@@ -67,9 +65,6 @@ def layer_costs(
             inherited_ms = median_ms(partial(new, x), x.device, repeats)
             rows.append(LayerCost(name, flops, _flops(new, x), ms, inherited_ms))
         times = [median_ms(partial(model, images), images.device, repeats) for model in (before, after)]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     total = LayerCost(WHOLE, sum(row.flops for row in rows), sum(row.inherited_flops for row in rows), *times)
     return (*rows, total)
 
