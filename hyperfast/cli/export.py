@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hyperfast.cli.network import Run, load_run
 from hyperfast.nn import Hypernetwork, fold
+from hyperfast.recipes import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,14 +67,8 @@ The safetensors file can be the teacher of "hyperfast distill", and hyperfast.mo
         model = self._plain(run, network)
         if self.fold:
             run, model = self._folded(run, model)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its destination and then moved: a failure leaves what was there.
-        staging = self.out.with_name(f".{self.out.stem}.tmp{self.out.suffix}")
-        try:
+        with checkpoint.staged(self.out) as staging:
             writers[self.out.suffix](model, run, staging)
-            staging.replace(self.out)
-        finally:
-            staging.unlink(missing_ok=True)
         count = sum(parameter.numel() for parameter in model.parameters())
         console.print(
             f"{self.out}: {run.network.model}, {count:,} parameters, {self.out.stat().st_size:,} bytes",

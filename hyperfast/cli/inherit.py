@@ -257,13 +257,8 @@ analyze" take. Ctrl-C writes a checkpoint; the same command then goes on where i
 
     def _write(self, network: nn.Module, run: Run, console: Console) -> None:
         assert self.out is not None
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        staging = self.out.with_name(f".{self.out.stem}.tmp{self.out.suffix}")
-        try:
+        with checkpoint.staged(self.out) as staging:
             write_safetensors(network, run, staging)
-            staging.replace(self.out)
-        finally:
-            staging.unlink(missing_ok=True)
         console.print(
             f"{self.out}: {run.network.model}, inherited, {self.out.stat().st_size:,} bytes",
             markup=False,

@@ -131,10 +131,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Write `folder/run.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = folder / f".{RUN}.tmp"
-        staging.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        staging.replace(folder / RUN)
+        checkpoint.write_json(folder / RUN, self.to_json())
 
     @classmethod
     def load(cls, folder: Path) -> Run:

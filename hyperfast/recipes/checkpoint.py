@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -69,6 +70,27 @@ def save(
         OSError: the file cannot be written (disk full, no permission). Nothing is left behind.
     """
     write(path, tensors, _header(metadata))
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Where to write `path` first: a file beside it, of the same suffix, that takes its place when the block ends.
+
+    After an error it is gone, and what was at `path` is unchanged. The folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield staging
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write a JSON file, all or nothing."""
+    with staged(path) as staging:
+        staging.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

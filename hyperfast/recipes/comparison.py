@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hyperfast.recipes.checkpoint import as_json, differences
+from hyperfast.recipes.checkpoint import as_json, differences, write_json
 from hyperfast.recipes.result import TrainResult
 from hyperfast.recipes.seed_runs import SeedRuns
 
@@ -228,11 +228,8 @@ class Record:
 
     def save(self) -> None:
         """Write it, all or nothing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in asdict(self).items() if key != "folder"}
-        staging = self.folder / f".{RECORD}.tmp"
-        staging.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        staging.replace(self.folder / RECORD)
+        write_json(self.folder / RECORD, values)
 
     def add(self, methods: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
         """Note the runs that are asked for; returns them, seed by seed."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from hyperfast.nn import GateRow, InheritReport, InheritRow
 from hyperfast.nn.inherited import GateInput
+from hyperfast.recipes import checkpoint
 from hyperfast.recipes.layer_cost import WHOLE, LayerCost
 from hyperfast.surgery.low_rank import Split
 
@@ -165,11 +166,7 @@ def load_plans(folder: Path) -> dict[str, InheritPlan]:
 
 def save_plans(folder: Path, plans: Mapping[str, InheritPlan]) -> None:
     """Write the plans of a sweep, all or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{PLANS}.tmp"
-    values = {name: asdict(plan) for name, plan in plans.items()}
-    staging.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    staging.replace(folder / PLANS)
+    checkpoint.write_json(folder / PLANS, {name: asdict(plan) for name, plan in plans.items()})
 
 
 def layer_table(plan: InheritPlan, gates: Sequence[GateRow] = ()) -> tuple[list[str], list[list[str | None]]]:
